@@ -1,0 +1,205 @@
+"""What a fine-tuning run settles before it starts: configuration, architecture, weights, schedule.
+
+The architecture is settled once, at the start of training, and written into the plans that nnU-Net
+saves beside the model; prediction, ``--val``, ``--c`` and an imported zip read it from there and
+need neither a variable nor a weights file.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.settings import backbone_setting, weights_setting
+
+SEGMENTER = "nnunetv2_meddinov3.models.segmenter.Segmenter"
+
+
+class GroupwisePolyLR(LRScheduler):
+    """Polynomial decay that keeps the ratio between parameter groups.
+
+    nnU-Net's own scheduler writes one learning rate into every group. This one scales each group's
+    ``initial_lr`` by ``(1 - step / max_steps) ** exponent`` and is a function of the step alone, so
+    a resumed run continues exactly.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, max_steps: int, exponent: float = 1.0
+    ) -> None:
+        self.max_steps, self.exponent = max_steps, exponent
+        super().__init__(optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the learning rates of an epoch (nnU-Net passes it); of the next one without it."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        factor = max(0.0, 1 - self.last_epoch / self.max_steps) ** self.exponent
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def check_configuration(plans: dict[str, Any], name: str) -> None:
+    """Refuse configurations that are not 2D, before anything is made.
+
+    Raises:
+        UserError: If the configuration, or a cascade it belongs to, is three-dimensional.
+    """
+    if name not in plans["configurations"]:
+        raise UserError(
+            f"the plans {plans['plans_name']} must hold the configuration {name}, but they hold "
+            f"{', '.join(plans['configurations'])}: plan it (`meddinov3 plan`) or choose one."
+        )
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(name)
+    linked = [name, configuration.previous_stage_name, *(configuration.next_stage_names or [])]
+    for other in filter(None, linked):
+        patch_size = manager.get_configuration(other).patch_size
+        if len(patch_size) != 2:
+            what = "is" if other == name else f"belongs to a cascade with {other}, which is"
+            raise UserError(
+                f"MedDINOv3 is a 2D network and needs a 2D configuration, but {name} {what} 3D: "
+                "train `2d` or `2d_896` (a cascade may only join 2D configurations)."
+            )
+
+
+def import_models() -> Any:
+    """Import ``models.build`` (torch, timm) and say in a sentence what is wrong if that fails.
+
+    Raises:
+        UserError: If timm or torchvision do not import here.
+    """
+    try:
+        return importlib.import_module("nnunetv2_meddinov3.models.build")
+    except (ImportError, RuntimeError) as error:
+        from nnunetv2_meddinov3.discovery import explain_import_error
+
+        raise UserError(f"the network cannot be built: {explain_import_error(error)}") from error
+
+
+def chosen_weights(default: str, fixed: bool) -> str | None:
+    """Return the source of weights, or None for random initialisation on purpose.
+
+    Args:
+        default: The recipe's own source, or ``"none"``.
+        fixed: Whether the recipe ignores ``MEDDINOV3_WEIGHTS``.
+    """
+    value = default if fixed else weights_setting() or default
+    return None if value.lower() == "none" else value
+
+
+def settle_backbone(weights: str | None) -> tuple[Any, Any]:
+    """Return the backbone's architecture, and its checkpoint unless initialisation is random.
+
+    Raises:
+        UserError: If the weights cannot be read, or are of another size than MEDDINOV3_BACKBONE.
+    """
+    build = import_models()
+    size = backbone_setting()
+    if weights is None:
+        return build.architecture_of(size or "vit_base"), None
+    checkpoint = build.resolve_source(weights)
+    found = checkpoint.architecture
+    if size is not None:
+        wanted = build.architecture_of(size)
+        differ = [
+            f"{field} {getattr(found, field)} instead of {getattr(wanted, field)}"
+            for field in ("embed_dim", "depth", "num_heads", "ffn", "ffn_hidden")
+            if getattr(found, field) != getattr(wanted, field)
+        ]
+        if differ:
+            raise UserError(
+                f"MEDDINOV3_BACKBONE={size} must be the size of the weights {weights}, but they "
+                f"have {', '.join(differ)}: unset it, or set MEDDINOV3_WEIGHTS to weights of that "
+                "size or to none."
+            )
+    return found, checkpoint
+
+
+def plans_entry(
+    architecture: Any, input_channels: int, layers: list[int] | str | None, drop_path: float
+) -> dict[str, Any]:
+    """Return the plans' ``architecture`` entry for a backbone and the images of a dataset."""
+    build = import_models()
+    stem = build.stem_channels(architecture.input_channels, input_channels)
+    return {
+        "network_class_name": SEGMENTER,
+        "arch_kwargs": {
+            "backbone": {**architecture.to_dict(), "input_channels": stem},
+            "layers": build.resolve_layers(layers, architecture.depth),
+            "drop_path": drop_path,
+        },
+        "_kw_requires_import": [],
+    }
+
+
+def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configuration: str) -> None:
+    """Refuse another architecture than that of folds which are trained already.
+
+    One model folder has one plans.json, from which every fold's network is built.
+
+    Raises:
+        UserError: If a fold beside this one has a checkpoint of another architecture.
+    """
+    others = [p for p in trained_folds(folder) if p.name != f"fold_{fold}"]
+    found = saved_architecture(folder, configuration)
+    if not others or found is None:
+        return
+    ours = {k: v for k, v in entry["arch_kwargs"].items() if k != "drop_path"}
+    theirs = {k: v for k, v in found["arch_kwargs"].items() if k != "drop_path"}
+    differ = sorted(k for k in ours["backbone"] if ours["backbone"][k] != theirs["backbone"].get(k))
+    differ += [k for k in ours if k != "backbone" and ours[k] != theirs.get(k)]
+    if differ:
+        raise UserError(
+            f"all folds of a model must have one architecture, but this one differs from "
+            f"{others[0].name} in {', '.join(differ)}: use the same weights, or move {folder} away."
+        )
+
+
+def trained_folds(folder: str) -> Iterator[Path]:
+    """Return the fold folders of a model folder that hold a checkpoint."""
+    return iter(sorted({p.parent for p in Path(folder).glob("fold_*/checkpoint_*.pth")}))
+
+
+def saved_architecture(folder: str, configuration: str) -> dict[str, Any] | None:
+    """Return the ``architecture`` entry in a model folder's plans.json, if it is one of ours."""
+    path = Path(folder) / "plans.json"
+    if not path.exists():
+        return None
+    entry = load_json(str(path))["configurations"].get(configuration, {}).get("architecture", {})
+    return entry if entry.get("network_class_name") == SEGMENTER else None
+
+
+def checkpoint_architecture(
+    filename_or_checkpoint: str | dict[str, Any], configuration: str
+) -> dict[str, Any]:
+    """Return the ``architecture`` entry with which a nnU-Net checkpoint was trained.
+
+    Args:
+        filename_or_checkpoint: As nnU-Net passes it. Beside a file lies the model folder's
+            plans.json; only where it does not is the file itself opened, without its tensors.
+        configuration: Name of the configuration.
+
+    Raises:
+        UserError: If it was not trained with one of our trainers.
+    """
+    content = filename_or_checkpoint
+    if isinstance(content, str | os.PathLike):
+        entry = saved_architecture(str(Path(content).parent.parent), configuration)
+        if entry is not None:
+            return entry
+        content = torch.load(content, map_location="cpu", mmap=True, weights_only=False)
+    plans = content["init_args"]["plans"]
+    entry = plans["configurations"].get(configuration, {}).get("architecture", {})
+    if entry.get("network_class_name") != SEGMENTER:
+        raise UserError(
+            "the checkpoint must come from a MedDINOv3 trainer, but its plans describe "
+            f"{entry.get('network_class_name', 'no network')}: continue it with its own trainer."
+        )
+    return entry

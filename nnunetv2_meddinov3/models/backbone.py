@@ -1,0 +1,316 @@
+"""The DINOv3 ViT: timm's ``Eva`` behind a small interface, with its architecture as plain data.
+
+timm's blocks reproduce the original in fp32; added around them are rotary periods that travel with
+the weights, a uniform drop-path rate, the original's initialisation and optional bf16 rotary
+embeddings (DINOv3, https://arxiv.org/abs/2508.10104; MedDINOv3, https://arxiv.org/abs/2509.02379).
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath
+from timm.models.eva import Eva
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ROPE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that is needed to build a backbone, as JSON-able values.
+
+    Attributes:
+        embed_dim: Token width D.
+        depth: Number of blocks.
+        num_heads: Attention heads; the head width ``embed_dim / num_heads`` is a multiple of 4.
+        ffn: ``"mlp"`` or ``"swiglu"``.
+        ffn_hidden: Hidden width of the feed-forward layer.
+        qkv_bias: Whether queries and values have a bias (keys never have one).
+        num_registers: Register (storage) tokens.
+        norm_eps: Epsilon of every LayerNorm: 1e-5 in DINOv3's hub models, 1e-6 in MedDINOv3's.
+        rope_dtype: ``"fp32"`` or ``"bf16"``, the dtype in which queries and keys are rotated.
+        layer_scale: Initial value of LayerScale; None for a network without it.
+        patch_size: Patch side in pixels.
+        input_channels: Channels of the patch embedding.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn: str = "mlp"
+    ffn_hidden: int = 0
+    qkv_bias: bool = True
+    num_registers: int = 4
+    norm_eps: float = 1e-5
+    rope_dtype: str = "fp32"
+    layer_scale: float | None = 1e-5
+    patch_size: int = 16
+    input_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.ffn_hidden:
+            object.__setattr__(self, "ffn_hidden", 4 * self.embed_dim)
+        if self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"ffn must be 'mlp' or 'swiglu', got {self.ffn!r}")
+        if self.rope_dtype not in ROPE_DTYPES:
+            raise ValueError(f"rope_dtype must be one of {list(ROPE_DTYPES)}, got {self.rope_dtype!r}")
+        if self.num_heads < 1 or self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"embed_dim must be a multiple of 4 * num_heads, got embed_dim={self.embed_dim} "
+                f"and num_heads={self.num_heads}"
+            )
+        for name in ("depth", "ffn_hidden", "patch_size", "input_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-able dictionary, the inverse of ``Architecture(**d)``."""
+        return asdict(self)
+
+
+# DINOv3, table 2 and the published models; `vit_tiny` is ours, for tests and demonstrations: its
+# LayerScale starts large because such runs are too short to grow it from 1e-5.
+SIZES: dict[str, Architecture] = {
+    "vit_tiny": Architecture(128, 4, 2, layer_scale=0.1),
+    "vit_small": Architecture(384, 12, 6),
+    "vit_small_plus": Architecture(384, 12, 6, ffn="swiglu", ffn_hidden=1536),
+    "vit_base": Architecture(768, 12, 12),
+    "vit_large": Architecture(1024, 24, 16),
+    "vit_huge_plus": Architecture(1280, 32, 20, ffn="swiglu", ffn_hidden=5120),
+    "vit_7b": Architecture(4096, 40, 32, ffn="swiglu", ffn_hidden=8192, qkv_bias=False),
+}
+
+
+def architecture_of(size: str, **overrides: Any) -> Architecture:
+    """Return the architecture of a named size with some fields replaced.
+
+    Raises:
+        ValueError: If the size or a field is unknown.
+    """
+    if size not in SIZES:
+        raise ValueError(f"backbone must be one of {', '.join(SIZES)}, got {size!r}")
+    return override(SIZES[size], **overrides)
+
+
+def override(architecture: Architecture, **overrides: Any) -> Architecture:
+    """Return ``architecture`` with some fields replaced.
+
+    Raises:
+        ValueError: If a field is unknown.
+    """
+    unknown = sorted(set(overrides) - set(asdict(architecture)))
+    if unknown:
+        raise ValueError(
+            f"an architecture has the fields {', '.join(asdict(architecture))}, got {unknown[0]!r}"
+        )
+    return replace(architecture, **overrides)
+
+
+def default_layers(depth: int) -> list[int]:
+    """Return the blocks whose tokens are aggregated: the end of every quarter of the depth.
+
+    For 12 blocks these are the paper's 2, 5, 8 and 11 (MedDINOv3, sec. 3.1).
+    """
+    return sorted({max(0, math.ceil(depth * quarter / 4) - 1) for quarter in (1, 2, 3, 4)})
+
+
+class Tokens(NamedTuple):
+    """The tokens of one block after the final norm, with P = h * w patches in row-major order."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, P, D)
+
+
+class _Cast(nn.Module):
+    """Round queries or keys to the dtype in which the original rotates them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+class Backbone(nn.Module):
+    """A DINOv3-family ViT that returns the tokens of chosen blocks.
+
+    Args:
+        architecture: What to build.
+        drop_path: Rate of stochastic depth, the same for every block as in DINOv3.
+        mask_token: Whether to hold a mask token, which only pretraining uses.
+        activation_checkpointing: Whether blocks are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        drop_path: float = 0.0,
+        mask_token: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
+        self.architecture = a = architecture
+        self.vit = Eva(
+            patch_size=a.patch_size,
+            in_chans=a.input_channels,
+            num_classes=0,
+            global_pool="token",
+            embed_dim=a.embed_dim,
+            depth=a.depth,
+            num_heads=a.num_heads,
+            qkv_bias=a.qkv_bias,
+            mlp_ratio=(a.ffn_hidden + 0.5) / a.embed_dim,  # Eva truncates ratio * width
+            swiglu_mlp=a.ffn == "swiglu",
+            swiglu_align_to=1,
+            init_values=a.layer_scale,
+            norm_layer=partial(nn.LayerNorm, eps=a.norm_eps),
+            num_reg_tokens=a.num_registers,
+            use_abs_pos_emb=False,
+            use_rot_pos_emb=True,
+            rope_type="dinov3",
+            rope_temperature=100.0,
+            rope_rotate_half=True,
+            use_fc_norm=False,
+            dynamic_img_size=True,
+        )
+        # The released files hold periods rounded to bf16: they are weights, and stay with them.
+        self.vit.rope.register_buffer("periods", self.vit.rope.periods, persistent=True)
+        self.mask_token = nn.Parameter(torch.zeros(1, a.embed_dim)) if mask_token else None
+        for block in self.vit.blocks:
+            if drop_path:
+                block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
+            if a.rope_dtype != "fp32":
+                block.attn.q_norm = block.attn.k_norm = _Cast(ROPE_DTYPES[a.rope_dtype])
+        self.vit.set_grad_checkpointing(activation_checkpointing)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights as DINOv3 does: N(0, 0.02) for linear layers and tokens, zero biases."""
+        for module in self.vit.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        bound = 1 / math.sqrt(self.architecture.input_channels * self.architecture.patch_size**2)
+        for parameter in self.vit.patch_embed.proj.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.normal_(self.vit.cls_token, std=0.02)
+        if self.vit.reg_token is not None:
+            nn.init.normal_(self.vit.reg_token, std=0.02)
+
+    @property
+    def embed_dim(self) -> int:
+        """Token width D."""
+        return self.architecture.embed_dim
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.architecture.depth
+
+    def intermediate_tokens(self, images: Tensor, layers: list[int]) -> list[Tokens]:
+        """Return the tokens after chosen blocks, each after the final norm.
+
+        Args:
+            images: (B, C, H, W), H and W multiples of the patch size.
+            layers: Block indices from 0, in depth order and without repetition.
+
+        Raises:
+            ValueError: If the layers or the image do not fit this backbone.
+        """
+        check_layers(layers, self.depth)
+        self._check_images(images)
+        patches = self.vit.patch_embed(images)  # (B, h, w, D)
+        x = self._with_prefix(patches.flatten(1, 2))
+        dtype = ROPE_DTYPES[self.architecture.rope_dtype]
+        embedding = rotary_embedding(self.vit.rope.periods, patches.shape[1:3], dtype)
+        prefix, tokens = 1 + self.architecture.num_registers, []
+        for i, block in enumerate(self.vit.blocks[: layers[-1] + 1]):
+            x = self._run_block(block, x, embedding)
+            if i in layers:
+                y = self.vit.norm(x)
+                tokens.append(Tokens(y[:, 0], y[:, 1:prefix], y[:, prefix:]))
+        return tokens
+
+    def intermediate_features(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+        """Return the patch tokens after chosen blocks as maps, each after the final norm.
+
+        That is what the reference decodes (MedDINOv3, sec. 3.1).
+
+        Args:
+            images: (B, C, H, W), H and W multiples of the patch size.
+            layers: Block indices from 0, in depth order and without repetition.
+
+        Returns:
+            One (B, D, H/16, W/16) map per layer.
+        """
+        h, w = (side // self.patch_size for side in images.shape[-2:])
+        return [
+            t.patches.transpose(1, 2).unflatten(2, (h, w)).contiguous()
+            for t in self.intermediate_tokens(images, layers)
+        ]
+
+    @property
+    def patch_size(self) -> int:
+        """Patch side in pixels."""
+        return self.architecture.patch_size
+
+    def _with_prefix(self, patches: Tensor) -> Tensor:
+        """Put cls and register tokens before (B, P, D) patch tokens."""
+        prefix = [self.vit.cls_token, self.vit.reg_token]
+        return torch.cat(
+            [*(t.expand(len(patches), -1, -1) for t in prefix if t is not None), patches], dim=1
+        )
+
+    def _run_block(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.vit.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, embedding, use_reentrant=False)
+        return block(x, embedding)
+
+    def _check_images(self, images: Tensor) -> None:
+        c, p = self.architecture.input_channels, self.patch_size
+        if images.ndim != 4 or images.shape[1] != c or images.shape[2] % p or images.shape[3] % p:
+            raise ValueError(
+                f"images must be (B, {c}, H, W) with H and W multiples of {p} pixels, "
+                f"got {tuple(images.shape)}"
+            )
+
+
+def check_layers(layers: list[int], depth: int) -> None:
+    """Raise ValueError unless ``layers`` are block indices of a ViT of ``depth`` blocks in order."""
+    layers = list(layers)
+    if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < depth:
+        raise ValueError(
+            f"layers must be block indices from 0 to {depth - 1} in depth order, got {layers}"
+        )
+
+
+def rotary_embedding(periods: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return sines and cosines of the patch centres, computed in ``dtype`` as in the original.
+
+    Args:
+        periods: (head width / 4,).
+        grid_size: Patches along height and width.
+        dtype: fp32, or bf16, which is what DINOv3's and MedDINOv3's training ran.
+
+    Returns:
+        (P, 2 * head width): all sines, then all cosines.
+    """
+    axes = []
+    for n in grid_size:
+        centres = torch.arange(0.5, n, device=periods.device, dtype=dtype) / n
+        axes.append(2 * centres - 1)
+    coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (P, 2)
+    angles = 2 * math.pi * coords[:, :, None] / periods.to(dtype)
+    angles = angles.flatten(1).tile(2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

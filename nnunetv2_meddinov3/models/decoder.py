@@ -1,0 +1,124 @@
+"""The token decoder: a chain of transposed convolutions computed as matrix products on tokens.
+
+In MedDINOv3's decoder (Primus' patch decoder, sec. 3.1) every transposed convolution has kernel =
+stride = 2, the norm runs over channels and the last convolution is 1x1, so no pixel sees another
+token. The chain is therefore a tree of per-token MLPs: it is computed on (tokens, children,
+channels) with one rearrangement at the end, and in chunks of tokens that are recomputed in the
+backward pass, so that full-resolution maps with many channels never exist for a whole batch.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 512  # tokens; on 2 cores the fastest of 128 to 4096 for ViT-B, see docs/benchmarks.md
+
+
+class _Upsampling(nn.Module):
+    """One transposed convolution with its norm over channels and GELU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
+        self.norm = nn.LayerNorm(channels // 2, eps=1e-6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (N, C) tokens to their four children in row-major order, (4 * N, C / 2)."""
+        c = self.conv.out_channels
+        # (C, C/2, 2, 2) -> (C, 2 * 2 * C/2): the children of a token lie beside each other
+        weight = self.conv.weight.permute(0, 2, 3, 1).reshape(self.conv.in_channels, 4 * c)
+        children = torch.addmm(self.conv.bias.repeat(4), tokens, weight).view(-1, c)
+        return F.gelu(self.norm(children))
+
+    def on_maps(self, maps: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C / 2, 2 * h, 2 * w), step for step as the reference does."""
+        x = self.conv(maps)
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + self.norm.eps)
+        weight, bias = self.norm.weight[:, None, None], self.norm.bias[:, None, None]
+        return F.gelu(weight * x + bias)
+
+
+class TokenDecoder(nn.Module):
+    """Decode patch tokens into logits at full resolution.
+
+    Args:
+        in_channels: Width of the (concatenated) tokens, a multiple of ``patch_size``.
+        num_classes: Output channels K.
+        patch_size: Patch side in pixels, a power of two.
+        chunk: Tokens decoded at a time and recomputed in the backward pass. With None, or with no
+            more tokens than that, whole maps go through the convolutions as in the reference.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, patch_size: int = 16, chunk: int | None = CHUNK
+    ) -> None:
+        super().__init__()
+        self.stages = int(math.log2(patch_size))
+        if 2**self.stages != patch_size or in_channels % patch_size:
+            raise ValueError(
+                "the patch size must be a power of two that divides the token width, got "
+                f"patch size {patch_size} and width {in_channels}"
+            )
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, or None, got {chunk}")
+        self.chunk = chunk
+        self.upsampling = nn.ModuleList(
+            _Upsampling(in_channels // 2**s) for s in range(self.stages)
+        )
+        # nnU-Net's -pretrained_weights leaves out what is called seg_layers
+        self.seg_layers = nn.ModuleList([nn.Conv2d(in_channels // patch_size, num_classes, 1)])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, a=1e-2)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Decode tokens.
+
+        Args:
+            tokens: (B, P, C) in row-major order.
+            grid_size: Patches along height and width, with h * w = P.
+
+        Returns:
+            Logits (B, K, h * patch_size, w * patch_size).
+        """
+        if self.chunk is None or tokens.shape[0] * tokens.shape[1] <= self.chunk:
+            return self._decode_maps(tokens.transpose(1, 2).unflatten(2, grid_size))
+        recompute = torch.is_grad_enabled()
+        logits = torch.cat(
+            [
+                checkpoint(self._decode, piece, use_reentrant=False)
+                if recompute
+                else self._decode(piece)
+                for piece in tokens.flatten(0, 1).split(self.chunk)
+            ]
+        )
+        return self._rearrange(logits, len(tokens), *grid_size)
+
+    def _decode_maps(self, maps: Tensor) -> Tensor:
+        """Map (B, C, h, w) to logits (B, K, H, W)."""
+        for stage in self.upsampling:
+            maps = stage.on_maps(maps)
+        return self.seg_layers[0](maps)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Map (N, C) tokens to the logits of their pixels, (N, 4 ** stages * K)."""
+        x = tokens
+        for stage in self.upsampling:
+            x = stage(x)
+        head = self.seg_layers[0]
+        return F.linear(x, head.weight.flatten(1), head.bias).view(len(tokens), -1)
+
+    def _rearrange(self, logits: Tensor, batch: int, h: int, w: int) -> Tensor:
+        """Put the pixels of every token in their place: (B * h * w, ...) -> (B, K, H, W)."""
+        s, p = self.stages, 2**self.stages
+        # a pixel's row is (token row, row bit of stage 1, ..., row bit of stage s); columns alike
+        x = logits.view(batch, h, w, *(2,) * (2 * s), -1)
+        rows, columns = (range(3 + first, 3 + 2 * s, 2) for first in (0, 1))
+        x = x.permute(0, 3 + 2 * s, 1, *rows, 2, *columns)
+        return x.reshape(batch, -1, h * p, w * p)

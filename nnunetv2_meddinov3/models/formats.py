@@ -1,0 +1,211 @@
+"""Key maps: the state dicts of every DINOv3-family checkpoint to one canonical naming.
+
+The canonical names are timm's, plus ``rope.periods`` and ``mask_token``. Every key of a file ends up
+used, named as expected to be dropped, or named in an error.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nnunetv2_meddinov3.errors import UserError
+
+# wrappers that leave their name in the keys
+_WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+_FIRST_BLOCK = re.compile(r"^(.*?)(?:vit\.)?(?:blocks|(?:model\.)?layer)\.0\.norm1\.weight$")
+# what may stand beside a backbone in a checkpoint of a training run or of a whole segmenter
+_BESIDE = re.compile(
+    r"(?:^|\.)(?:dino_head|ibot_head|dino_loss|ibot_patch_loss|koleo_loss|gram_loss|optimizer"
+    r"|up_projection|decoder)\."
+)
+
+# (pattern, canonical name, or None for a key that is expected to be dropped), first match wins
+_RULES: dict[str, list[tuple[str, str | None]]] = {
+    "meta": [
+        (r"(cls_token|mask_token|norm\.\w+|patch_embed\.proj\.\w+)", r"\1"),
+        (r"storage_tokens", "reg_token"),
+        (r"rope_embed\.periods", "rope.periods"),
+        (r"blocks\.(\d+)\.ls([12])\.gamma", r"blocks.\1.gamma_\2"),
+        (r"blocks\.(\d+)\.(norm[12]\.\w+|attn\.qkv\.(?:weight|bias)|attn\.proj\.\w+)", r"blocks.\1.\2"),
+        (r"blocks\.(\d+)\.attn\.qkv\.bias_mask", None),
+        (r"blocks\.(\d+)\.mlp\.(fc[12]\.\w+)", r"blocks.\1.mlp.\2"),
+        (r"blocks\.(\d+)\.mlp\.w1\.(\w+)", r"blocks.\1.mlp.fc1_g.\2"),
+        (r"blocks\.(\d+)\.mlp\.w2\.(\w+)", r"blocks.\1.mlp.fc1_x.\2"),
+        (r"blocks\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+        (r"local_cls_norm\.\w+", None),  # used for local crops in pretraining only (7B, SAT)
+    ],
+    "timm": [
+        (r"(cls_token|reg_token|mask_token|norm\.\w+|patch_embed\.proj\.\w+|rope\.periods)", r"\1"),
+        (
+            r"blocks\.(\d+)\.(norm[12]\.\w+|gamma_[12]|attn\.(?:qkv\.weight|[qv]_bias|proj\.\w+)"
+            r"|mlp\.fc(?:1|1_g|1_x|2)\.\w+)",
+            r"blocks.\1.\2",
+        ),
+    ],
+    "huggingface": [
+        (r"embeddings\.(cls_token|mask_token)", r"\1"),
+        (r"embeddings\.register_tokens", "reg_token"),
+        (r"embeddings\.patch_embeddings\.(?:proj\.)?(weight|bias)", r"patch_embed.proj.\1"),
+        (r"norm\.(weight|bias)", r"norm.\1"),
+        (r"rope_embeddings\.periods", "rope.periods"),
+        (r"rope_embeddings\.inv_freq", None),
+        (r"layer\.(\d+)\.(norm[12]\.\w+)", r"blocks.\1.\2"),
+        (r"layer\.(\d+)\.layer_scale([12])\.(?:lambda1|gamma)", r"blocks.\1.gamma_\2"),
+        (r"layer\.(\d+)\.attention\.(?:query|q_proj)\.(\w+)", r"blocks.\1.attn.q.\2"),
+        (r"layer\.(\d+)\.attention\.(?:key|k_proj)\.(\w+)", r"blocks.\1.attn.k.\2"),
+        (r"layer\.(\d+)\.attention\.(?:value|v_proj)\.(\w+)", r"blocks.\1.attn.v.\2"),
+        (r"layer\.(\d+)\.attention\.(?:proj|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
+        (r"layer\.(\d+)\.mlp\.(?:w1|gate_proj)\.(\w+)", r"blocks.\1.mlp.fc1_g.\2"),
+        (r"layer\.(\d+)\.mlp\.w2\.(\w+)", r"blocks.\1.mlp.fc1_x.\2"),
+        (r"layer\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+        (r"layer\.(\d+)\.mlp\.(fc[12])\.(\w+)", r"blocks.\1.mlp.\2.\3"),
+        (r"layer\.(\d+)\.mlp\.up_proj\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+        (r"layer\.(\d+)\.mlp\.down_proj\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+    ],
+}
+
+
+@dataclass
+class Parsed:
+    """A state dict in canonical names.
+
+    Attributes:
+        tensors: Canonical name -> tensor.
+        naming: ``meta``, ``timm`` or ``huggingface``.
+        prefix: What stood before the backbone's keys, such as ``teacher.backbone.``.
+        dropped: Keys that were expected and not used.
+    """
+
+    tensors: dict[str, Tensor]
+    naming: str
+    prefix: str
+    dropped: list[str] = field(default_factory=list)
+
+
+def parse_state_dict(state: dict[str, Tensor], where: str, branch: str | None = None) -> Parsed:
+    """Find the backbone in a flat state dict and rename its keys to the canonical ones.
+
+    Args:
+        state: Key -> tensor; nested checkpoints are flattened with dots.
+        where: What to call the file in an error.
+        branch: Which backbone to take where there are several, such as ``student``; by default the
+            (EMA) teacher.
+
+    Raises:
+        UserError: If there is no backbone, several to choose from, or a key nobody knows.
+    """
+    state = {_WRAPPERS.sub("", key): tensor for key, tensor in state.items()}
+    if len(prefixes := _backbone_prefixes(state)) == 0:
+        raise UserError(
+            f"{where} must hold a DINOv3-family ViT, but none of its {len(state)} keys is a first "
+            f"block's 'norm1.weight'; its first keys are {listing(state)}."
+        )
+    prefix = _choose_prefix(prefixes, branch, where)
+    own = {key[len(prefix) :]: t for key, t in state.items() if key.startswith(prefix)}
+    beside = [key for key in state if not key.startswith(prefix)]
+    if prefix == "":
+        beside = [key for key in own if _is_beside(key, prefixes)]
+        own = {key: t for key, t in own.items() if key not in beside}
+    naming = _naming(own)
+    tensors, dropped, unknown = _rename(own, naming)
+    unknown += [key for key in beside if not _is_beside(key, prefixes)]
+    if unknown:
+        raise UserError(
+            f"every key of {where} must be known, but {len(unknown)} are not: {listing(unknown)}; "
+            "is this a ViT of the DINOv3 family?"
+        )
+    return Parsed(
+        _split_biases(tensors, naming, dropped, where),
+        naming,
+        prefix,
+        [prefix + key for key in dropped] + [key for key in beside if _is_beside(key, prefixes)],
+    )
+
+
+def listing(names: object, count: int = 5) -> str:
+    """Return the first names of an iterable, separated by commas."""
+    names = list(names)
+    return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")
+
+
+def _backbone_prefixes(state: dict[str, Tensor]) -> list[str]:
+    return [m.group(1) for key in state if (m := _FIRST_BLOCK.match(key))]
+
+
+def _choose_prefix(prefixes: list[str], branch: str | None, where: str) -> str:
+    parts = {prefix: prefix.split(".") for prefix in prefixes}
+    if branch is not None:
+        chosen = [p for p in prefixes if branch in parts[p]]
+        if len(chosen) != 1:
+            raise UserError(
+                f"{where} must hold one backbone called {branch!r}, it holds {listing(prefixes)}."
+            )
+        return chosen[0]
+    for name in ("model_ema", "teacher", "backbone"):
+        if len(prefixes) > 1 and (chosen := [p for p in prefixes if name in parts[p]]):
+            prefixes = chosen
+    if len(prefixes) > 1:
+        raise UserError(f"{where} holds several backbones ({listing(prefixes)}): say which to take.")
+    return prefixes[0]
+
+
+def _is_beside(key: str, prefixes: list[str]) -> bool:
+    """Return whether a key outside the chosen backbone is expected there."""
+    if _BESIDE.search(key):
+        return True
+    return any(prefix and key.startswith(prefix) for prefix in prefixes)
+
+
+def _naming(own: dict[str, Tensor]) -> str:
+    if any(re.match(r"(?:model\.)?layer\.0\.|embeddings\.", key) for key in own):
+        return "huggingface"
+    if "reg_token" in own or any(re.search(r"\.(gamma_1|q_bias)$", key) for key in own):
+        return "timm"
+    return "meta"
+
+
+def _rename(own: dict[str, Tensor], naming: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    tensors, dropped, unknown = {}, [], []
+    gated = any("gate_proj" in key for key in own)
+    for key, tensor in own.items():
+        name = re.sub(r"^vit\.", "", key)  # our Backbone keeps timm's module under this name
+        name = re.sub(r"^model\.(?=layer\.|norm\.|embeddings\.)", "", name)
+        if gated:
+            name = name.replace("mlp.up_proj", "mlp.w2")
+        for pattern, canonical in _RULES[naming]:
+            if match := re.fullmatch(pattern, name):
+                if canonical is None:
+                    dropped.append(key)
+                else:
+                    tensors[match.expand(canonical)] = tensor
+                break
+        else:
+            unknown.append(key)
+    return tensors, dropped, unknown
+
+
+def _split_biases(
+    tensors: dict[str, Tensor], naming: str, dropped: list[str], where: str
+) -> dict[str, Tensor]:
+    """Fuse separate query, key and value weights; keep query and value biases, which are separate."""
+    out = {k: t for k, t in tensors.items() if not re.search(r"attn\.(qkv\.bias|[qkv]\.\w+)$", k)}
+    for i in sorted({k.split(".")[1] for k in tensors if k.startswith("blocks.")}, key=int):
+        attn, masked = f"blocks.{i}.attn", f"blocks.{i}.attn.qkv.bias_mask"
+        biases: list[Tensor | None] = [tensors.get(f"{attn}.{n}.bias") for n in "qkv"]
+        if naming == "huggingface":
+            weights = [tensors[k] for n in "qkv" if (k := f"{attn}.{n}.weight") in tensors]
+            if weights:
+                out[f"{attn}.qkv.weight"] = torch.cat(weights)
+        elif f"{attn}.qkv.bias" in tensors:
+            biases = list(tensors[f"{attn}.qkv.bias"].chunk(3))
+        q, k, v = biases
+        is_masked = any(key.endswith(masked) for key in dropped)
+        if k is not None and not is_masked and bool(k.any()):
+            raise UserError(
+                f"keys must have no bias in DINOv3's attention, but {where} has one in block {i}."
+            )
+        if q is not None and v is not None:
+            out[f"{attn}.q_bias"], out[f"{attn}.v_bias"] = q.clone(), v.clone()
+    return out

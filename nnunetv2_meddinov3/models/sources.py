@@ -1,0 +1,232 @@
+"""Where weights come from: paths, timm, the Hugging Face hub, torch.hub, or nowhere on purpose."""
+
+import contextlib
+import difflib
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_meddinov3.errors import UserError
+
+VARIABLE = "MEDDINOV3_WEIGHTS"
+DINOV3_REPOSITORY = "facebookresearch/dinov3"
+FORMS = (
+    "a path, timm:NAME, hf:OWNER/REPO/FILE[@REV], torchhub:ENTRY[@REPO_DIR][=WEIGHTS_FILE] or none"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed value of ``MEDDINOV3_WEIGHTS``.
+
+    Attributes:
+        kind: ``path``, ``timm``, ``hf``, ``torchhub`` or ``none``.
+        name: The path, model name, file in the repository, or hub entry.
+        repository: Hub repository, or the folder of a local torch.hub clone.
+        revision: Of the hub repository.
+        file: Weights file for a torch.hub entry.
+    """
+
+    kind: str
+    name: str = ""
+    repository: str | None = None
+    revision: str | None = None
+    file: str | None = None
+
+
+def parse_source(value: str | os.PathLike[str]) -> Source:
+    """Parse a source of weights.
+
+    Raises:
+        UserError: If the value has none of the known forms.
+    """
+    text = os.fspath(value).strip()
+    if text.lower() == "none":
+        return Source("none")
+    kind, colon, rest = text.partition(":")
+    patterns = {
+        "timm": r"(?P<name>[\w.\-]+)",
+        "hf": r"(?P<repository>[\w.\-]+/[\w.\-]+)/(?P<name>[^@]+)(?:@(?P<revision>.+))?",
+        "torchhub": r"(?P<name>\w+)(?:@(?P<repository>[^=]+))?(?:=(?P<file>.+))?",
+    }
+    if colon and kind in patterns:
+        if match := re.fullmatch(patterns[kind], rest):
+            return Source(kind, **match.groupdict())
+        raise UserError(f"weights must be {FORMS}, got {text!r}.")
+    if not text or re.match(r"[A-Za-z]\w+:", text):
+        raise UserError(f"weights must be {FORMS}, got {text!r}.")
+    return Source("path", text)
+
+
+def resolve_source(
+    value: str | os.PathLike[str], *, branch: str | None = None, **overrides: Any
+) -> Any:
+    """Fetch and read a source, returning a ``weights.Checkpoint``.
+
+    Args:
+        value: One of the forms of ``MEDDINOV3_WEIGHTS`` except ``none``.
+        branch: Which backbone of a training checkpoint.
+        **overrides: Fields of ``Architecture``.
+
+    Raises:
+        UserError: If the source is unknown, cannot be reached, or cannot be read whole.
+    """
+    source = parse_source(value)
+    if source.kind == "none":
+        raise UserError("weights 'none' stand for random initialisation: there is nothing to load.")
+    if source.kind == "torchhub":
+        return _from_torch_hub(source, str(value), branch, overrides)
+    weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
+    return weights.read_checkpoint(
+        fetch(value), source=str(value), branch=branch, **overrides
+    )
+
+
+def fetch(value: str | os.PathLike[str]) -> Path:
+    """Return the local file of a source, downloading it to the hub's cache where needed.
+
+    Raises:
+        UserError: If it cannot be reached; the sentence says what to set instead.
+    """
+    source = parse_source(value)
+    if source.kind == "path":
+        return Path(source.name).expanduser()
+    if source.kind not in ("timm", "hf"):
+        raise UserError(f"only timm: and hf: sources can be fetched to a file, got {str(value)!r}.")
+    return _download(value, *_hub_file(source))
+
+
+def _hub_file(source: Source) -> tuple[str, str, str | None]:
+    """Return repository, file and revision on the hub."""
+    if source.kind == "hf":
+        return str(source.repository), source.name, source.revision
+    models = importlib.import_module("timm.models")
+    try:
+        config = models.get_pretrained_cfg(source.name)
+    except RuntimeError:
+        config = None
+    if config is None or not config.hf_hub_id or "dinov3" not in source.name:
+        names = [n for n in models.list_models("*vit*dinov3*", pretrained=True)]
+        near = difflib.get_close_matches(source.name, names, n=3) or names[:3]
+        raise UserError(
+            f"timm must know the DINOv3 ViT, but has no weights for {source.name!r}: try "
+            f"{', '.join(near)}."
+        )
+    repository = config.hf_hub_id
+    if repository.endswith("/"):  # timm's short form for "the model's own name"
+        tag = f".{config.tag}" if config.tag else ""
+        repository += f"{config.architecture}{tag}"
+    return repository, config.hf_hub_filename or "model.safetensors", None
+
+
+def _download(value: object, repository: str, file: str, revision: str | None) -> Path:
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        path = Path(hub.hf_hub_download(repository, file, revision=revision))
+    except Exception as error:  # the hub's, its HTTP client's and the disk's errors alike
+        raise UserError(
+            f"the weights {value} must be reachable, but {_why_not(error)}: set {VARIABLE} to a "
+            "local file (`meddinov3 weights fetch` on a machine with a connection gets it), to "
+            "another source, or to none for random initialisation."
+        ) from error
+    if path.suffix == ".safetensors":  # transformers keeps heads and epsilon in a file beside it
+        with contextlib.suppress(Exception):
+            folder = Path(file).parent.as_posix()
+            beside = "config.json" if folder == "." else f"{folder}/config.json"
+            hub.hf_hub_download(repository, beside, revision=revision)
+    return path
+
+
+def _why_not(error: Exception) -> str:
+    kinds = {type(e).__name__ for e in _chain(error)}
+    if "GatedRepoError" in kinds:
+        return "the repository is gated (accept its terms and log in with `hf auth login`)"
+    if kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "RevisionNotFoundError"}:
+        return "the hub has no such repository, file or revision"
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
+        return "this machine is offline and its cache does not hold them"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _from_torch_hub(
+    source: Source, where: str, branch: str | None, overrides: dict[str, Any]
+) -> Any:
+    """Build a hub entry and take its weights; the repository's own code runs, as torch.hub means."""
+    torch = importlib.import_module("torch")
+    formats = importlib.import_module("nnunetv2_meddinov3.models.formats")
+    weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
+    local = source.repository is not None and Path(source.repository).expanduser().is_dir()
+    if source.repository is not None and not local and "/" not in source.repository:
+        raise UserError(f"the torch.hub clone must be a folder, but there is no {source.repository}.")
+    if source.file is not None and not Path(source.file).expanduser().is_file():
+        raise UserError(f"the weights must exist, but there is no {source.file}: check the path.")
+    repository = str(Path(source.repository).expanduser()) if local else source.repository
+    arguments = {"weights": str(Path(source.file).expanduser())} if source.file else {}
+    try:
+        module = torch.hub.load(
+            repository or DINOV3_REPOSITORY,
+            source.name,
+            source="local" if local else "github",
+            **({} if local else {"trust_repo": True}),
+            **arguments,
+        )
+        state, norm = module.state_dict(), getattr(module, "norm", None)
+    except Exception as error:  # the repository's code may raise anything
+        raise UserError(
+            f"the torch.hub entry {where} must load, but it says: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200]} (give a local "
+            "clone after @ and a weights file after =)."
+        ) from error
+    if hasattr(norm, "eps"):
+        overrides = {"norm_eps": norm.eps, **overrides}
+    parsed = formats.parse_state_dict(state, where, branch)
+    return weights.checkpoint_from(parsed, where, **overrides)
+
+
+def describe_weights_source(value: str) -> tuple[bool, str]:
+    """Say whether a source can be read here, without downloading anything.
+
+    Returns:
+        Whether it can be used as it is, and a sentence.
+    """
+    try:
+        source = parse_source(value)
+        if source.kind == "none":
+            return True, "no pretrained weights: random initialisation"
+        if source.kind == "path":
+            exists = Path(source.name).expanduser().exists()
+            return exists, f"{value} " + ("exists" if exists else "does not exist: check the path")
+        if source.kind == "torchhub":
+            if source.repository and not Path(source.repository).expanduser().is_dir():
+                return False, f"there is no folder {source.repository}: check the clone's path"
+            place = source.repository or f"{DINOV3_REPOSITORY} on GitHub, which needs a connection"
+            return True, f"entry {source.name} of {place}"
+        repository, file, revision = _hub_file(source)
+    except UserError as error:
+        return False, str(error)
+    hub = importlib.import_module("huggingface_hub")
+    cached = hub.try_to_load_from_cache(repository, file, revision=revision)
+    if isinstance(cached, str):
+        return True, f"{value} is in the hub's cache"
+    return _ask_hub(hub, value, repository, file, revision)
+
+
+def _ask_hub(
+    hub: Any, value: str, repository: str, file: str, revision: str | None
+) -> tuple[bool, str]:
+    try:
+        url = hub.hf_hub_url(repository, file, revision=revision)
+        hub.get_hf_file_metadata(url, timeout=10)
+    except Exception as error:  # as in _download
+        return False, f"{value} is not in the hub's cache and {_why_not(error)}"
+    return True, f"{value} will be downloaded at the first training"

@@ -1,0 +1,314 @@
+"""Checkpoint files in and out: detection, safe reading, strict accounting, metadata, licences."""
+
+import contextlib
+import json
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nnunetv2_meddinov3 import __version__
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.backbone import Architecture, Backbone
+from nnunetv2_meddinov3.models.dcp import is_dcp, read_dcp
+from nnunetv2_meddinov3.models.formats import Parsed, listing, parse_state_dict
+
+METADATA_KEY = "meddinov3"
+DINOV3_LICENCE = "DINOv3 License (Meta, https://ai.meta.com/resources/models-and-libraries/dinov3-license/)"
+RELEASE_LICENCE = (
+    "Apache-2.0 by the MedDINOv3 model card; the weights derive from DINOv3's, so the "
+    + DINOV3_LICENCE
+    + " applies too"
+)
+
+
+@dataclass
+class Checkpoint:
+    """A backbone read from a file, before any module is built.
+
+    Attributes:
+        architecture: What the tensors and the metadata say; other fields have their default.
+        tensors: Canonical name -> fp32 tensor, complete for the architecture.
+        source: Where it came from, for messages.
+        layout: What kind of file it was, for messages.
+        dropped: Keys of the file that were expected and not used.
+        metadata: What one of our own files says of itself.
+        licence: Under which terms the weights come.
+    """
+
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+    source: str
+    layout: str
+    dropped: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    licence: str = "not stated in the file"
+
+    def report(self) -> str:
+        """Say in a line what was loaded and what was left out."""
+        left = f", {len(self.dropped)} left out as expected" if self.dropped else ""
+        return f"{self.source} ({self.layout}): {len(self.tensors)} tensors used{left}"
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    source: str | None = None,
+    branch: str | None = None,
+    **overrides: Any,
+) -> Checkpoint:
+    """Read a backbone from a file or a folder of any known format, without running its code.
+
+    Known are Meta's hub .pth, MedDINOv3's release, training checkpoints with heads, timm's and
+    Hugging Face's safetensors, our own safetensors, and torch.distributed.checkpoint folders.
+
+    Args:
+        path: A file, or a folder of the last kind or with a ``model.safetensors``.
+        source: What to call it in messages; the path by default.
+        branch: Which backbone to take from a training checkpoint, such as ``student``; by default
+            the (EMA) teacher.
+        **overrides: Fields of ``Architecture`` that the tensors cannot say or say wrongly.
+
+    Raises:
+        UserError: If anything is missing, damaged, unsafe, unknown or not finite.
+    """
+    path = Path(path).expanduser()
+    where = source or str(path)
+    state, metadata, config = _read_state(path, where)
+    parsed = parse_state_dict(state, where, branch)
+    return checkpoint_from(parsed, where, metadata=metadata, config=config, **overrides)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the flat tensors of a file or folder of any known format, without running its code.
+
+    Raises:
+        UserError: If the file is missing, damaged or unsafe.
+    """
+    path = Path(path).expanduser()
+    return _read_state(path, str(path))[0]
+
+
+def checkpoint_from(
+    parsed: Parsed,
+    where: str,
+    *,
+    metadata: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> Checkpoint:
+    """Complete parsed tensors to a checkpoint: architecture, strict accounting, finite values."""
+    metadata, config = metadata or {}, config or {}
+    architecture = infer_architecture(parsed, where, metadata, config, overrides)
+    tensors = {name: t.detach().float() for name, t in parsed.tensors.items()}
+    with torch.device("meta"):
+        expected = Backbone(architecture, mask_token="mask_token" in tensors).state_dict()
+    expected = {name.removeprefix("vit."): tuple(t.shape) for name, t in expected.items()}
+    if "rope.periods" not in tensors:  # timm and Hugging Face leave them out: DINOv3's, base 100
+        width = architecture.embed_dim // architecture.num_heads
+        tensors["rope.periods"] = 100 ** (torch.arange(width // 4) * 4 / width)
+    _account(tensors, expected, where)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"weights must be finite numbers, but {name!r} in {where} holds NaN or infinity: "
+                "take an earlier checkpoint or fetch the file again."
+            )
+    layout, licence = _describe(parsed, metadata)
+    return Checkpoint(architecture, tensors, where, layout, parsed.dropped, metadata, licence)
+
+
+def _account(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    if missing or unexpected:
+        parts = [f"{len(missing)} are missing ({listing(missing)})"] if missing else []
+        parts += [f"{len(unexpected)} do not belong ({listing(unexpected)})"] if unexpected else []
+        raise UserError(
+            f"{where} must hold every tensor of its ViT and no other, but {' and '.join(parts)}."
+        )
+    wrong = [n for n, t in tensors.items() if tuple(t.shape) != expected[n]]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"the tensors of {where} must fit one architecture, but {len(wrong)} do not: {name} is "
+            f"{tuple(tensors[name].shape)} where {expected[name]} is needed."
+        )
+
+
+def infer_architecture(
+    parsed: Parsed,
+    where: str,
+    metadata: dict[str, Any],
+    config: dict[str, Any],
+    overrides: dict[str, Any],
+) -> Architecture:
+    """Read width, depth, heads, feed-forward kind, registers and biases off the tensors.
+
+    Heads come from the rotary periods, else from metadata or ``config`` (a Hugging Face
+    config.json), else from DINOv3's head width: 64, and 128 at width 4096. ``norm_eps`` cannot be
+    seen in tensors: 1e-6 in training checkpoints such as MedDINOv3's release, else 1e-5.
+    """
+    t = parsed.tensors
+    fc1 = next((k for k in ("mlp.fc1", "mlp.fc1_g") if f"blocks.0.{k}.weight" in t), None)
+    needed = ["cls_token", "patch_embed.proj.weight"]
+    if missing := [name for name in needed if name not in t] + ([] if fc1 else ["blocks.0.mlp"]):
+        raise UserError(f"{where} must hold a whole ViT, but {listing(missing)} is missing.")
+    width = t["cls_token"].shape[-1]
+    heads = config.get("num_attention_heads", max(1, width // (128 if width == 4096 else 64)))
+    if "rope.periods" in t:
+        heads = width // (4 * len(t["rope.periods"]))
+    stem = t["patch_embed.proj.weight"].shape
+    fields: dict[str, Any] = {
+        "embed_dim": width,
+        "depth": 1 + max(int(k.split(".")[1]) for k in t if k.startswith("blocks.")),
+        "num_heads": heads,
+        "ffn": "mlp" if fc1 == "mlp.fc1" else "swiglu",
+        "ffn_hidden": t[f"blocks.0.{fc1}.weight"].shape[0],
+        "qkv_bias": "blocks.0.attn.q_bias" in t,
+        "num_registers": t["reg_token"].shape[1] if "reg_token" in t else 0,
+        "norm_eps": config.get("layer_norm_eps", 1e-6 if parsed.prefix else 1e-5),
+        "layer_scale": 1e-5 if "blocks.0.gamma_1" in t else None,
+        "patch_size": stem[-1],
+        "input_channels": stem[1],
+    }
+    try:
+        return Architecture(**{**fields, **metadata.get("architecture", {}), **overrides})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} does not describe a DINOv3-family ViT: {error}") from error
+
+
+def _describe(parsed: Parsed, metadata: dict[str, Any]) -> tuple[str, str]:
+    if metadata:
+        return "nnunetv2_meddinov3 checkpoint", metadata.get("licence", "not stated in the file")
+    if parsed.naming == "meta" and parsed.prefix:
+        return f"training checkpoint, {parsed.prefix.rstrip('.')}", RELEASE_LICENCE
+    names = {"meta": "DINOv3 hub", "timm": "timm", "huggingface": "Hugging Face"}
+    return f"{names[parsed.naming]} checkpoint", DINOV3_LICENCE
+
+
+def _read_state(
+    path: Path, where: str
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return flat tensors, our metadata and a Hugging Face config of a file or folder."""
+    if not path.exists():
+        raise UserError(f"the weights must exist, but there is no {where}: check the path.")
+    if path.is_dir():
+        if is_dcp(path):
+            return read_dcp(path, where), {}, {}
+        index = path / "model.safetensors.index.json"
+        shards = [path / "model.safetensors"]
+        if index.exists():
+            shards = sorted({path / n for n in json.loads(index.read_text())["weight_map"].values()})
+        if not shards[0].exists():
+            raise UserError(
+                f"a folder of weights must hold model.safetensors or a distributed checkpoint, but "
+                f"{where} holds neither: give the weights file itself."
+            )
+    else:
+        shards = [path]
+    state: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for shard in shards:
+        tensors, found = _read_file(shard, where if len(shards) == 1 else str(shard))
+        state.update(tensors)
+        metadata.update(found)
+    return state, metadata, _read_config(shards[0].parent / "config.json")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return what a Hugging Face config.json beside the weights says of a DINOv3 ViT, if it is one."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads(path.read_text())
+        if isinstance(config, dict) and config.get("model_type") == "dinov3_vit":
+            return config
+    return {}
+
+
+def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f"{where} must be readable: {error.strerror}.") from error
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path, where)
+    return _read_pickle(path, where), {}
+
+
+def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = (file.metadata() or {}).get(METADATA_KEY)
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(raw) if raw else {}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise UserError(_damaged(where, error)) from error
+
+
+def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{where} must hold tensors only, but it would run Python code when opened and was "
+                "not: get the file as safetensors or as a plain state dict (nnU-Net's own "
+                "checkpoints go to -pretrained_weights)."
+            ) from error
+        raise UserError(_damaged(where, error)) from error
+    except Exception as error:  # torch names no common class for what a damaged file can raise
+        raise UserError(_damaged(where, error)) from error
+    tensors: dict[str, Tensor] = {}
+    _flatten(content, "", tensors)
+    if not tensors:
+        raise UserError(f"{where} must hold tensors, but it holds none.")
+    return tensors
+
+
+def _damaged(where: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{where} must be a whole safetensors or torch file, but it is damaged: {reason[:200]}"
+
+
+def _flatten(content: Any, prefix: str, out: dict[str, Tensor]) -> None:
+    """Collect the tensors of nested dictionaries under dotted keys; other values are not weights."""
+    if isinstance(content, Tensor):
+        out[prefix] = content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            _flatten(value, f"{prefix}.{key}" if prefix else str(key), out)
+
+
+def save_checkpoint(
+    backbone: Backbone, path: str | os.PathLike[str], *, licence: str, **metadata: Any
+) -> None:
+    """Write a backbone as one safetensors file with its metadata, whole or not at all.
+
+    Args:
+        backbone: What to write; its mask token goes along if it has one.
+        path: Target, replaced if it exists.
+        licence: Terms under which the weights come.
+        **metadata: JSON-able facts such as ``intensity``, ``spacing_mm``, ``stage``, ``step``.
+    """
+    path = Path(path)
+    tensors = {n.removeprefix("vit."): t.contiguous() for n, t in backbone.state_dict().items()}
+    facts = {
+        "architecture": backbone.architecture.to_dict(),
+        "licence": licence,
+        "version": __version__,
+        **metadata,
+    }
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata={METADATA_KEY: json.dumps(facts)})
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} must be writable: {error}.") from error
+    finally:
+        part.unlink(missing_ok=True)

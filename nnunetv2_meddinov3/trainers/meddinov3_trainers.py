@@ -1,0 +1,233 @@
+"""Trainers for stock nnU-Net: the paper's recipe and its named deviations.
+
+Each is chosen with ``-tr NAME``. Names become folder names and are public. Only trainer classes
+live here, because nnU-Net's search imports every module of this folder.
+"""
+
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_meddinov3 import fine_tuning
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.settings import check_variables, count_setting
+
+
+class MedDINOv3Trainer(nnUNetTrainer):
+    """Fine-tune the released CT-3M ViT-B as the paper does (https://arxiv.org/abs/2509.02379).
+
+    AdamW (0.9, 0.98) with weight decay 5e-2 on every parameter, decoder learning rate 3e-4, ViT
+    3e-5, linear decay without warm-up, gradient clipping at 12 (nnU-Net's), drop path 0.2, 1000
+    epochs of 250 iterations; loss, sampling and augmentation are nnU-Net's.
+
+    ``MEDDINOV3_WEIGHTS`` names other weights, ``MEDDINOV3_BACKBONE`` the size where there are none.
+    """
+
+    weights = "hf:ricklisz123/MedDINOv3-ViTB-16-CT-3M/model.pth"
+    weights_are_fixed = False
+    epochs = 1000
+    decoder_lr = 3e-4
+    vit_lr = 3e-5
+    layers: list[int] | str | None = None  # the end of every quarter: 2, 5, 8, 11 of 12
+    drop_path = 0.2
+    is_frozen = False
+    is_mirroring = True
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
+    ) -> None:
+        check_variables()
+        fine_tuning.check_configuration(plans, configuration)
+        epochs, iterations = count_setting("MEDDINOV3_EPOCHS"), count_setting("MEDDINOV3_ITERATIONS")
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            raise UserError(
+                f"the results folder (nnUNet_results) must be writable: {error}."
+            ) from error
+        self.initial_lr = self.decoder_lr
+        self.weight_decay = 5e-2
+        self.num_epochs = epochs or self.epochs
+        if iterations is not None:
+            self.num_iterations_per_epoch = iterations
+            self.num_val_iterations_per_epoch = max(1, iterations // 5)
+        self.enable_deep_supervision = False
+        self._resumed_architecture: dict[str, Any] | None = None
+
+    def initialize(self) -> None:
+        """Settle the architecture, build, and load pretrained weights unless a run is resumed.
+
+        Raises:
+            UserError: If the weights cannot be had or do not fit; nothing was built by then.
+        """
+        if self.was_initialized:
+            super().initialize()  # which refuses
+        checkpoint = self._settle_architecture()
+        super().initialize()
+        network = self._unwrapped_network()
+        if checkpoint is not None:
+            channels = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
+            fine_tuning.import_models().load_into(
+                network, checkpoint.tensors, image_channels=len(channels)
+            )
+        if network.autocast_dtype is torch.bfloat16:
+            self.grad_scaler = None  # bf16 has the range of fp32
+
+    def _settle_architecture(self) -> Any:
+        """Write the network into the plans; return the pretrained checkpoint if there is one."""
+        if self._resumed_architecture is not None:
+            self._set_architecture(self._resumed_architecture)
+            return None
+        weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
+        architecture, checkpoint = fine_tuning.settle_backbone(weights)
+        channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        entry = fine_tuning.plans_entry(architecture, channels, self.layers, self.drop_path)
+        fine_tuning.check_other_folds(
+            entry, self.output_folder_base, self.fold, self.configuration_name
+        )
+        self._set_architecture(entry)
+        if checkpoint is None:
+            self.print_to_log_file("The ViT starts from random weights.")
+        else:
+            self.print_to_log_file(f"The ViT starts from {checkpoint.report()}.")
+            self.print_to_log_file(f"Licence of these weights: {checkpoint.licence}.")
+        return checkpoint
+
+    def _set_architecture(self, entry: dict[str, Any]) -> None:
+        self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
+        self.configuration_manager.configuration["architecture"] = entry
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """Resume from a checkpoint, with the architecture it was trained with."""
+        if not self.was_initialized:
+            self._resumed_architecture = fine_tuning.checkpoint_architecture(
+                filename_or_checkpoint, self.configuration_name
+            )
+        super().load_checkpoint(filename_or_checkpoint)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the network that the plans describe; prediction calls this too, with nothing else.
+
+        Raises:
+            UserError: If the plans were not written by one of these trainers.
+        """
+        if configuration_manager.network_arch_class_name != fine_tuning.SEGMENTER:
+            raise UserError(
+                "the plans.json beside the model must be the one its training saved, but it "
+                f"describes {configuration_manager.network_arch_class_name}."
+            )
+        fine_tuning.import_models()
+        return get_network_from_plans(
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=False,
+        )
+
+    def configure_optimizers(
+        self,
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return AdamW with a decoder and a ViT group, and their linear decay."""
+        network = self._unwrapped_network()
+        if self.is_frozen:
+            network.backbone.requires_grad_(False)
+        groups = [{"params": list(network.decoder.parameters()), "lr": self.decoder_lr}]
+        vit = [p for p in network.backbone.parameters() if p.requires_grad]
+        if vit:
+            groups.append({"params": vit, "lr": self.vit_lr})
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay, betas=(0.9, 0.98))
+        return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        """Return nnU-Net's choice, with mirroring off where the recipe says so."""
+        *others, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if not self.is_mirroring:
+            axes = self.inference_allowed_mirroring_axes = None
+        return *others, axes
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Do nothing: there is one output, whatever nnU-Net asks for around validation."""
+
+    def plot_network_architecture(self) -> None:
+        """Do nothing: nnU-Net's plot needs a library that knows no transformer."""
+
+    def _unwrapped_network(self) -> nn.Module:
+        """Return the network without the wrappers of DDP and torch.compile."""
+        network = getattr(self.network, "module", self.network)
+        return getattr(network, "_orig_mod", network)
+
+
+class DINOv3Trainer(MedDINOv3Trainer):
+    """The paper's DINOv3 row: Meta's natural-image ViT-B (LVD-1689M), registers kept, ViT lr 1e-4."""
+
+    weights = "timm:vit_base_patch16_dinov3.lvd1689m"
+    vit_lr = 1e-4
+
+
+class MedDINOv3Trainer_scratch(MedDINOv3Trainer):
+    """Random initialisation with one learning rate; does not read ``MEDDINOV3_WEIGHTS``."""
+
+    weights = "none"
+    weights_are_fixed = True
+    vit_lr = 3e-4
+
+
+class MedDINOv3Trainer_singlescale(MedDINOv3Trainer):
+    """Decode the last block's tokens only (the paper's ablation, table 1)."""
+
+    layers = "last"
+
+
+class MedDINOv3Trainer_frozen(MedDINOv3Trainer):
+    """Train the decoder only; the backbone keeps its weights and runs without drop path."""
+
+    is_frozen = True
+    drop_path = 0.0
+
+
+class MedDINOv3Trainer_NoMirroring(MedDINOv3Trainer):
+    """No mirroring in training and prediction, for structures with a side."""
+
+    is_mirroring = False
+
+
+class MedDINOv3Trainer_50epochs(MedDINOv3Trainer):
+    """The paper's recipe in 50 epochs."""
+
+    epochs = 50
+
+
+class MedDINOv3Trainer_250epochs(MedDINOv3Trainer):
+    """The paper's recipe in 250 epochs."""
+
+    epochs = 250
+
+
+class MedDINOv3Trainer_demo(MedDINOv3Trainer_scratch):
+    """What ``meddinov3 demo`` runs: random initialisation and rates for a few hundred iterations."""
+
+    epochs = 6
+    decoder_lr = 2e-3
+    vit_lr = 1e-3
+    drop_path = 0.0
