@@ -1,4 +1,4 @@
-"""The package's environment variables: their names, and their values checked (standard library only)."""
+"""The environment variables of the package, and their values checked."""
 
 import difflib
 import os

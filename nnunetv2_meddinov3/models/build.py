@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.backbone import Backbone, architecture_of
+from nnunetv2_meddinov3.models.architecture import architecture_of
+from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.files import read_files
 from nnunetv2_meddinov3.models.formats import listing, parse_state_dict
 from nnunetv2_meddinov3.models.segmenter import Segmenter, resolve_layers
 from nnunetv2_meddinov3.models.sources import resolve_source
 from nnunetv2_meddinov3.models.weights import (
     Checkpoint,
     checkpoint_from,
-    read_state_dict,
     save_checkpoint,
 )
 
@@ -160,8 +161,10 @@ def _load_segmenter(
     network: Segmenter, weights: dict[str, Tensor] | str | os.PathLike[str]
 ) -> None:
     where = "the given state dict" if isinstance(weights, dict) else str(weights)
-    state = weights if isinstance(weights, dict) else read_state_dict(weights)
-    decoder = {k: t for key, t in state.items() if (k := _decoder_name(key, network.decoder.stages))}
+    state = weights if isinstance(weights, dict) else read_files(weights).tensors
+    decoder = {
+        k: t for key, t in state.items() if (k := _decoder_name(key, network.decoder.stages))
+    }
     parsed = parse_state_dict(state, where)
     checkpoint = checkpoint_from(parsed, where, norm_eps=network.backbone.architecture.norm_eps)
     own = network.decoder.state_dict()

@@ -11,7 +11,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from nnunetv2_meddinov3.errors import UserError
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_ALLOWED_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+)
 _ALLOWED = {
     ("torch", "Size"),
     ("torch", "device"),

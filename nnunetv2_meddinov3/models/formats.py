@@ -1,7 +1,7 @@
 """Key maps: the state dicts of every DINOv3-family checkpoint to one canonical naming.
 
-The canonical names are timm's, plus ``rope.periods`` and ``mask_token``. Every key of a file ends up
-used, named as expected to be dropped, or named in an error.
+The canonical names are timm's, plus ``rope.periods`` and ``mask_token``. Every key of a file ends
+up used, named as expected to be dropped, or named in an error.
 """
 
 import re
@@ -28,7 +28,10 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
         (r"storage_tokens", "reg_token"),
         (r"rope_embed\.periods", "rope.periods"),
         (r"blocks\.(\d+)\.ls([12])\.gamma", r"blocks.\1.gamma_\2"),
-        (r"blocks\.(\d+)\.(norm[12]\.\w+|attn\.qkv\.(?:weight|bias)|attn\.proj\.\w+)", r"blocks.\1.\2"),
+        (
+            r"blocks\.(\d+)\.(norm[12]\.\w+|attn\.qkv\.(?:weight|bias)|attn\.proj\.\w+)",
+            r"blocks.\1.\2",
+        ),
         (r"blocks\.(\d+)\.attn\.qkv\.bias_mask", None),
         (r"blocks\.(\d+)\.mlp\.(fc[12]\.\w+)", r"blocks.\1.mlp.\2"),
         (r"blocks\.(\d+)\.mlp\.w1\.(\w+)", r"blocks.\1.mlp.fc1_g.\2"),
@@ -147,7 +150,9 @@ def _choose_prefix(prefixes: list[str], branch: str | None, where: str) -> str:
         if len(prefixes) > 1 and (chosen := [p for p in prefixes if name in parts[p]]):
             prefixes = chosen
     if len(prefixes) > 1:
-        raise UserError(f"{where} holds several backbones ({listing(prefixes)}): say which to take.")
+        raise UserError(
+            f"{where} holds several backbones ({listing(prefixes)}): say which to take."
+        )
     return prefixes[0]
 
 
@@ -189,7 +194,7 @@ def _rename(own: dict[str, Tensor], naming: str) -> tuple[dict[str, Tensor], lis
 def _split_biases(
     tensors: dict[str, Tensor], naming: str, dropped: list[str], where: str
 ) -> dict[str, Tensor]:
-    """Fuse separate query, key and value weights; keep query and value biases, which are separate."""
+    """Fuse separate query, key and value weights; split off query and value biases."""
     out = {k: t for k, t in tensors.items() if not re.search(r"attn\.(qkv\.bias|[qkv]\.\w+)$", k)}
     for i in sorted({k.split(".")[1] for k in tensors if k.startswith("blocks.")}, key=int):
         attn, masked = f"blocks.{i}.attn", f"blocks.{i}.attn.qkv.bias_mask"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_meddinov3.models.backbone import Architecture, Backbone, check_layers, default_layers
+from nnunetv2_meddinov3.models.architecture import Architecture, check_layers, default_layers
+from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.decoder import CHUNK, TokenDecoder
 
 

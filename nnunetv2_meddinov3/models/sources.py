@@ -81,9 +81,7 @@ def resolve_source(
     if source.kind == "torchhub":
         return _from_torch_hub(source, str(value), branch, overrides)
     weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
-    return weights.read_checkpoint(
-        fetch(value), source=str(value), branch=branch, **overrides
-    )
+    return weights.read_checkpoint(fetch(value), source=str(value), branch=branch, **overrides)
 
 
 def fetch(value: str | os.PathLike[str]) -> Path:
@@ -125,6 +123,7 @@ def _hub_file(source: Source) -> tuple[str, str, str | None]:
 
 def _download(value: object, repository: str, file: str, revision: str | None) -> Path:
     hub = importlib.import_module("huggingface_hub")
+    hub.utils.logging.set_verbosity_error()  # our sentence says what its retries would
     try:
         path = Path(hub.hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # the hub's, its HTTP client's and the disk's errors alike
@@ -147,7 +146,12 @@ def _why_not(error: Exception) -> str:
         return "the repository is gated (accept its terms and log in with `hf auth login`)"
     if kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "RevisionNotFoundError"}:
         return "the hub has no such repository, file or revision"
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
+    if kinds & {
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectError",
+        "ConnectionError",
+    }:
         return "this machine is offline and its cache does not hold them"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -161,13 +165,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _from_torch_hub(
     source: Source, where: str, branch: str | None, overrides: dict[str, Any]
 ) -> Any:
-    """Build a hub entry and take its weights; the repository's own code runs, as torch.hub means."""
+    """Build a hub entry and take its weights; the repository's own code runs, as it must."""
     torch = importlib.import_module("torch")
     formats = importlib.import_module("nnunetv2_meddinov3.models.formats")
     weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
     local = source.repository is not None and Path(source.repository).expanduser().is_dir()
     if source.repository is not None and not local and "/" not in source.repository:
-        raise UserError(f"the torch.hub clone must be a folder, but there is no {source.repository}.")
+        raise UserError(
+            f"the torch.hub clone must be a folder, but there is no {source.repository}."
+        )
     if source.file is not None and not Path(source.file).expanduser().is_file():
         raise UserError(f"the weights must exist, but there is no {source.file}: check the path.")
     repository = str(Path(source.repository).expanduser()) if local else source.repository

@@ -1,30 +1,28 @@
 """Checkpoint files in and out: detection, safe reading, strict accounting, metadata, licences."""
 
-import contextlib
 import json
 import os
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.backbone import Architecture, Backbone
-from nnunetv2_meddinov3.models.dcp import is_dcp, read_dcp
+from nnunetv2_meddinov3.models.architecture import Architecture
+from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.files import METADATA_KEY, read_files, replacing
 from nnunetv2_meddinov3.models.formats import Parsed, listing, parse_state_dict
 
-METADATA_KEY = "meddinov3"
-DINOV3_LICENCE = "DINOv3 License (Meta, https://ai.meta.com/resources/models-and-libraries/dinov3-license/)"
-RELEASE_LICENCE = (
-    "Apache-2.0 by the MedDINOv3 model card; the weights derive from DINOv3's, so the "
-    + DINOV3_LICENCE
-    + " applies too"
+DINOV3_LICENCE = (
+    "DINOv3 License (Meta, https://ai.meta.com/resources/models-and-libraries/dinov3-license/)"
+)
+TRAINING_LICENCE = (
+    "not stated in the file (MedDINOv3's release is Apache-2.0 by its model card; weights that "
+    f"derive from DINOv3's also come under the {DINOV3_LICENCE})"
 )
 
 
@@ -78,21 +76,10 @@ def read_checkpoint(
     Raises:
         UserError: If anything is missing, damaged, unsafe, unknown or not finite.
     """
-    path = Path(path).expanduser()
-    where = source or str(path)
-    state, metadata, config = _read_state(path, where)
-    parsed = parse_state_dict(state, where, branch)
-    return checkpoint_from(parsed, where, metadata=metadata, config=config, **overrides)
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the flat tensors of a file or folder of any known format, without running its code.
-
-    Raises:
-        UserError: If the file is missing, damaged or unsafe.
-    """
-    path = Path(path).expanduser()
-    return _read_state(path, str(path))[0]
+    where = source or os.fspath(path)
+    files = read_files(path, where)
+    parsed = parse_state_dict(files.tensors, where, branch)
+    return checkpoint_from(parsed, where, metadata=files.metadata, config=files.config, **overrides)
 
 
 def checkpoint_from(
@@ -188,101 +175,9 @@ def _describe(parsed: Parsed, metadata: dict[str, Any]) -> tuple[str, str]:
     if metadata:
         return "nnunetv2_meddinov3 checkpoint", metadata.get("licence", "not stated in the file")
     if parsed.naming == "meta" and parsed.prefix:
-        return f"training checkpoint, {parsed.prefix.rstrip('.')}", RELEASE_LICENCE
+        return f"training checkpoint, {parsed.prefix.rstrip('.')}", TRAINING_LICENCE
     names = {"meta": "DINOv3 hub", "timm": "timm", "huggingface": "Hugging Face"}
     return f"{names[parsed.naming]} checkpoint", DINOV3_LICENCE
-
-
-def _read_state(
-    path: Path, where: str
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return flat tensors, our metadata and a Hugging Face config of a file or folder."""
-    if not path.exists():
-        raise UserError(f"the weights must exist, but there is no {where}: check the path.")
-    if path.is_dir():
-        if is_dcp(path):
-            return read_dcp(path, where), {}, {}
-        index = path / "model.safetensors.index.json"
-        shards = [path / "model.safetensors"]
-        if index.exists():
-            shards = sorted({path / n for n in json.loads(index.read_text())["weight_map"].values()})
-        if not shards[0].exists():
-            raise UserError(
-                f"a folder of weights must hold model.safetensors or a distributed checkpoint, but "
-                f"{where} holds neither: give the weights file itself."
-            )
-    else:
-        shards = [path]
-    state: dict[str, Tensor] = {}
-    metadata: dict[str, Any] = {}
-    for shard in shards:
-        tensors, found = _read_file(shard, where if len(shards) == 1 else str(shard))
-        state.update(tensors)
-        metadata.update(found)
-    return state, metadata, _read_config(shards[0].parent / "config.json")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Return what a Hugging Face config.json beside the weights says of a DINOv3 ViT, if it is one."""
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads(path.read_text())
-        if isinstance(config, dict) and config.get("model_type") == "dinov3_vit":
-            return config
-    return {}
-
-
-def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise UserError(f"{where} must be readable: {error.strerror}.") from error
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path, where)
-    return _read_pickle(path, where), {}
-
-
-def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(METADATA_KEY)
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(raw) if raw else {}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise UserError(_damaged(where, error)) from error
-
-
-def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"{where} must hold tensors only, but it would run Python code when opened and was "
-                "not: get the file as safetensors or as a plain state dict (nnU-Net's own "
-                "checkpoints go to -pretrained_weights)."
-            ) from error
-        raise UserError(_damaged(where, error)) from error
-    except Exception as error:  # torch names no common class for what a damaged file can raise
-        raise UserError(_damaged(where, error)) from error
-    tensors: dict[str, Tensor] = {}
-    _flatten(content, "", tensors)
-    if not tensors:
-        raise UserError(f"{where} must hold tensors, but it holds none.")
-    return tensors
-
-
-def _damaged(where: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{where} must be a whole safetensors or torch file, but it is damaged: {reason[:200]}"
-
-
-def _flatten(content: Any, prefix: str, out: dict[str, Tensor]) -> None:
-    """Collect the tensors of nested dictionaries under dotted keys; other values are not weights."""
-    if isinstance(content, Tensor):
-        out[prefix] = content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            _flatten(value, f"{prefix}.{key}" if prefix else str(key), out)
 
 
 def save_checkpoint(
@@ -304,11 +199,5 @@ def save_checkpoint(
         "version": __version__,
         **metadata,
     }
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         save_file(tensors, part, metadata={METADATA_KEY: json.dumps(facts)})
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} must be writable: {error}.") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -48,7 +48,10 @@ class MedDINOv3Trainer(nnUNetTrainer):
     ) -> None:
         check_variables()
         fine_tuning.check_configuration(plans, configuration)
-        epochs, iterations = count_setting("MEDDINOV3_EPOCHS"), count_setting("MEDDINOV3_ITERATIONS")
+        epochs, iterations = (
+            count_setting("MEDDINOV3_EPOCHS"),
+            count_setting("MEDDINOV3_ITERATIONS"),
+        )
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
@@ -179,7 +182,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
 
 
 class DINOv3Trainer(MedDINOv3Trainer):
-    """The paper's DINOv3 row: Meta's natural-image ViT-B (LVD-1689M), registers kept, ViT lr 1e-4."""
+    """The paper's DINOv3 row: Meta's ViT-B (LVD-1689M) with its registers, ViT lr 1e-4."""
 
     weights = "timm:vit_base_patch16_dinov3.lvd1689m"
     vit_lr = 1e-4
@@ -225,7 +228,7 @@ class MedDINOv3Trainer_250epochs(MedDINOv3Trainer):
 
 
 class MedDINOv3Trainer_demo(MedDINOv3Trainer_scratch):
-    """What ``meddinov3 demo`` runs: random initialisation and rates for a few hundred iterations."""
+    """What ``meddinov3 demo`` runs: random weights, and rates for a few hundred iterations."""
 
     epochs = 6
     decoder_lr = 2e-3

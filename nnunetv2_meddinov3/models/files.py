@@ -1,0 +1,165 @@
+"""Checkpoint files: read without running their code, written whole or not at all."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.dcp import is_dcp, read_dcp
+
+METADATA_KEY = "meddinov3"
+
+
+@dataclass
+class Contents:
+    """What lies in a checkpoint file or folder.
+
+    Attributes:
+        tensors: Key -> tensor; nested dictionaries are flattened with dots.
+        metadata: What one of our own files says of itself.
+        config: A DINOv3 ViT's config.json of Hugging Face transformers beside the file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_files(path: str | os.PathLike[str], where: str | None = None) -> Contents:
+    """Read the tensors of a file or folder of any known format, without running its code.
+
+    Args:
+        path: A file, or a folder: a distributed checkpoint, or one with ``model.safetensors``.
+        where: What to call it in an error.
+
+    Raises:
+        UserError: If it is missing, damaged or unsafe.
+    """
+    where, path = where or os.fspath(path), Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"the weights must exist, but there is no {where}: check the path.")
+    if path.is_dir():
+        if is_dcp(path):
+            return Contents(read_dcp(path, where))
+        index = path / "model.safetensors.index.json"
+        shards = [path / "model.safetensors"]
+        if index.exists():
+            shards = sorted(
+                {path / n for n in json.loads(index.read_text())["weight_map"].values()}
+            )
+        if not shards[0].exists():
+            raise UserError(
+                f"a folder of weights must hold model.safetensors or a distributed checkpoint, but "
+                f"{where} holds neither: give the weights file itself."
+            )
+    else:
+        shards = [path]
+    state: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for shard in shards:
+        tensors, found = _read_file(shard, where if len(shards) == 1 else str(shard))
+        state.update(tensors)
+        metadata.update(found)
+    return Contents(state, metadata, _read_config(shards[0].parent / "config.json"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return a Hugging Face config.json beside the weights, if it is a DINOv3 ViT's."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads(path.read_text())
+        if isinstance(config, dict) and config.get("model_type") == "dinov3_vit":
+            return config
+    return {}
+
+
+def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f"{where} must be readable: {error.strerror}.") from error
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path, where)
+    return _read_pickle(path, where), {}
+
+
+def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = (file.metadata() or {}).get(METADATA_KEY)
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(raw) if raw else {}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise UserError(_damaged(where, error)) from error
+
+
+def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{where} must hold tensors only, but it would run Python code when opened and was "
+                "not: get the file as safetensors or as a plain state dict (nnU-Net's own "
+                "checkpoints go to -pretrained_weights)."
+            ) from error
+        raise UserError(_damaged(where, error)) from error
+    except Exception as error:  # torch names no common class for what a damaged file can raise
+        raise UserError(_damaged(where, error)) from error
+    tensors: dict[str, Tensor] = {}
+    _flatten(content, "", tensors)
+    if not tensors:
+        raise UserError(f"{where} must hold tensors, but it holds none.")
+    return tensors
+
+
+def _damaged(where: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{where} must be a whole safetensors or torch file, but it is damaged: {reason[:200]}"
+
+
+def _flatten(content: Any, prefix: str, out: dict[str, Tensor]) -> None:
+    """Collect the tensors of nested dictionaries under dotted keys; the rest is no weight."""
+    if isinstance(content, Tensor):
+        out[prefix] = content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            _flatten(value, f"{prefix}.{key}" if prefix else str(key), out)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; put it in place only if nothing failed.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} must be writable: {error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def copy_whole(source: Path, target: Path) -> Path:
+    """Copy a file; the target exists whole or not at all.
+
+    Raises:
+        UserError: If the target cannot be written.
+    """
+    with replacing(target) as part:
+        shutil.copyfile(source, part)
+    return target
