@@ -227,13 +227,6 @@ def check_plans_name(name: str) -> None:
         )
 
 
-def main(argv: list[str]) -> int:
-    """Run ``meddinov3 plan`` and return the exit code."""
-    from nnunetv2_meddinov3 import planning_cli
-
-    return planning_cli.main(argv)
-
-
 def _slices_per_case(plans: dict[str, Any]) -> float:
     """Return the median number of slices, as nnU-Net counts them where the plans still say it."""
     volume = plans["configurations"].get("3d_fullres", {}).get("median_image_size_in_voxels")

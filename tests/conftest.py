@@ -11,6 +11,28 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.manual_seed(0)
+
+@pytest.fixture(scope="session")
+def released_file():
+    """A function that writes a random ViT in the format of MedDINOv3's release, Meta's names."""
+    return _write_released_file
+
+
+def _write_released_file(path, size="vit_tiny", seed=0):
+    from nnunetv2_meddinov3.models.architecture import architecture_of
+    from nnunetv2_meddinov3.models.backbone import Backbone
+
+    torch.manual_seed(seed)
+    backbone = Backbone(architecture_of(size, qkv_bias=False, norm_eps=1e-6))
+    renamed = {"vit.reg_token": "storage_tokens", "vit.rope.periods": "rope_embed.periods"}
+    state = {"backbone.mask_token": torch.zeros(1, backbone.embed_dim)}
+    for name, tensor in backbone.state_dict().items():
+        key = renamed.get(name, name.removeprefix("vit."))
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        state[f"backbone.{key}"] = tensor
+    state["dino_head.last_layer.weight"] = torch.zeros(8, 4)
+    torch.save({"teacher": state}, path)
+    return backbone

@@ -234,5 +234,8 @@ def _ask_hub(
         url = hub.hf_hub_url(repository, file, revision=revision)
         hub.get_hf_file_metadata(url, timeout=10)
     except Exception as error:  # as in _download
-        return False, f"{value} is not in the hub's cache and {_why_not(error)}"
+        return False, (
+            f"{value} is not in the hub's cache and {_why_not(error)}: set {VARIABLE} to a local "
+            "file, or fetch it on a machine with a connection (`meddinov3 weights fetch`)"
+        )
     return True, f"{value} will be downloaded at the first training"

@@ -1,4 +1,4 @@
-"""A whole nnU-Net in one process: synthetic raw datasets, planned, preprocessed, trained, predicted.
+"""A whole nnU-Net in one process: synthetic raw datasets, planned, trained, predicted.
 
 nnU-Net spawns process pools that each import torch again; here they are thread pools, so that a
 full cycle takes seconds. The stock commands themselves run in test_stock_commands.py.
@@ -127,7 +127,7 @@ def _write(array, path):
 
 @pytest.fixture(scope="session", autouse=True)
 def fast_nnunet():
-    """Threads instead of processes, few intensity samples, no progress plot; our names registered."""
+    """Threads for processes, few intensity samples, no progress plot; our names registered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_n_proc_DA", "0")
         patch.setenv("MEDDINOV3_BACKBONE", "vit_tiny")

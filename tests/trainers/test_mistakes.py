@@ -94,7 +94,7 @@ MISTAKES = {
     "a hostile pickle": ({"weights": "hostile.pth"}, r"would run Python code"),
     "a bare hostile pickle": ({"weights": "hostile.pkl"}, r"would run Python code"),
     "weights with NaN": ({"weights": "nan.safetensors"}, r"'blocks\.1\.mlp\.fc1\.weight'.*NaN"),
-    "a 3D configuration": ({"configuration": "3d_fullres"}, r"needs a 2D configuration.*3d_fullres"),
+    "a 3D configuration": ({"configuration": "3d_fullres"}, r"needs a 2D .*3d_fullres is 3D"),
     "a cascade into 3D": (
         {"configuration": "2d_into_3d"},
         r"2d_into_3d belongs to a cascade with 3d_fullres, which is 3D",

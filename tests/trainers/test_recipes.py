@@ -8,28 +8,7 @@ import torch
 from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models import load_backbone
-from nnunetv2_meddinov3.models.architecture import architecture_of
-from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.trainers import meddinov3_trainers as trainers
-
-
-def release_file(path, seed=0, size="vit_tiny"):
-    """Write random weights in the released format: ``{"teacher": {"backbone.*": ...}}``, Meta's names."""
-    torch.manual_seed(seed)
-    backbone = Backbone(architecture_of(size, qkv_bias=False, norm_eps=1e-6))
-    renamed = {
-        "vit.reg_token": "storage_tokens",
-        "vit.rope.periods": "rope_embed.periods",
-    }
-    state = {}
-    for name, tensor in backbone.state_dict().items():
-        key = renamed.get(name, name.removeprefix("vit."))
-        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
-        state[f"backbone.{key}"] = tensor
-    state["backbone.mask_token"] = torch.zeros(1, backbone.embed_dim)
-    state["dino_head.last_layer.weight"] = torch.zeros(8, 4)
-    torch.save({"teacher": state}, path)
-    return backbone
 
 
 def make_trainer(workplace, cls, number=1, **kw):
@@ -40,8 +19,8 @@ def make_trainer(workplace, cls, number=1, **kw):
     return cls(plans, kw.get("configuration", "2d"), 0, dataset, torch.device("cpu"))
 
 
-def test_the_papers_recipe_is_the_default(workplace, tmp_path, monkeypatch):
-    release_file(tmp_path / "model.pth")
+def test_the_papers_recipe_is_the_default(workplace, tmp_path, monkeypatch, released_file):
+    released_file(tmp_path / "model.pth")
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     trainer = make_trainer(workplace, trainers.MedDINOv3Trainer)
     trainer.initialize()
@@ -62,8 +41,8 @@ def test_the_papers_recipe_is_the_default(workplace, tmp_path, monkeypatch):
         )
 
 
-def test_training_starts_from_the_file(workplace, tmp_path, monkeypatch):
-    backbone = release_file(tmp_path / "model.pth", seed=5)
+def test_training_starts_from_the_file(workplace, tmp_path, monkeypatch, released_file):
+    backbone = released_file(tmp_path / "model.pth", seed=5)
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     trainer = make_trainer(workplace, trainers.MedDINOv3Trainer)
     trainer.initialize()
@@ -77,10 +56,14 @@ def test_training_starts_from_the_file(workplace, tmp_path, monkeypatch):
     )
 
 
-def test_another_file_changes_the_loss_of_step_0(workplace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", ["vit_tiny", pytest.param("vit_base", marks=pytest.mark.slow)])
+def test_another_file_changes_the_loss_of_step_0(
+    size, workplace, tmp_path, monkeypatch, released_file
+):
+    monkeypatch.delenv("MEDDINOV3_BACKBONE")
     losses = []
     for seed in (0, 0, 1):
-        release_file(tmp_path / "model.pth", seed=seed)
+        released_file(tmp_path / "model.pth", size=size, seed=seed)
         monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
         torch.manual_seed(9)
         trainer = make_trainer(workplace, trainers.MedDINOv3Trainer)
@@ -104,9 +87,9 @@ def test_another_file_changes_the_loss_of_step_0(workplace, tmp_path, monkeypatc
     ],
 )
 def test_a_named_recipe_differs_in_what_its_name_says(
-    name, check, workplace, tmp_path, monkeypatch
+    name, check, workplace, tmp_path, monkeypatch, released_file
 ):
-    release_file(tmp_path / "model.pth")
+    released_file(tmp_path / "model.pth")
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     trainer = make_trainer(workplace, getattr(trainers, name))
     trainer.initialize()
@@ -118,8 +101,10 @@ def _mirroring(trainer):
     return trainer.inference_allowed_mirroring_axes
 
 
-def test_the_frozen_recipe_trains_the_decoder_alone(workplace, tmp_path, monkeypatch):
-    release_file(tmp_path / "model.pth")
+def test_the_frozen_recipe_trains_the_decoder_alone(
+    workplace, tmp_path, monkeypatch, released_file
+):
+    released_file(tmp_path / "model.pth")
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     trainer = make_trainer(workplace, trainers.MedDINOv3Trainer_frozen)
     trainer.initialize()
@@ -132,9 +117,9 @@ def test_the_frozen_recipe_trains_the_decoder_alone(workplace, tmp_path, monkeyp
 
 
 def test_every_trainable_parameter_gets_a_gradient_as_ddp_demands(
-    workplace, tmp_path, monkeypatch
+    workplace, tmp_path, monkeypatch, released_file
 ):
-    release_file(tmp_path / "model.pth")
+    released_file(tmp_path / "model.pth")
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     for cls in (
         trainers.MedDINOv3Trainer,
@@ -148,8 +133,10 @@ def test_every_trainable_parameter_gets_a_gradient_as_ddp_demands(
         assert [n for n, p in trainable if p.grad is None] == []
 
 
-def test_the_number_of_input_channels_makes_the_stem(workplace, tmp_path, monkeypatch):
-    release_file(tmp_path / "model.pth")
+def test_the_number_of_input_channels_makes_the_stem(
+    workplace, tmp_path, monkeypatch, released_file
+):
+    released_file(tmp_path / "model.pth")
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     folder = next((workplace.root / "preprocessed").glob("Dataset001_*"))
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -182,9 +169,9 @@ def test_random_weights_are_only_ever_asked_for(workplace, monkeypatch, tmp_path
 
 
 def test_weights_of_another_size_than_the_variable_names_are_refused(
-    workplace, monkeypatch, tmp_path
+    workplace, monkeypatch, tmp_path, released_file
 ):
-    release_file(tmp_path / "model.pth")
+    released_file(tmp_path / "model.pth")
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(tmp_path / "model.pth"))
     monkeypatch.setenv("MEDDINOV3_BACKBONE", "vit_small")
     with pytest.raises(UserError, match="embed_dim 128 instead of 384"):

@@ -26,21 +26,16 @@ def small_weights(tmp_path):
 
 @pytest.fixture
 def trained(workplace, small_weights, monkeypatch, short_run):
-    """A finished fold 0 whose weights file is deleted afterwards, and which no variable describes."""
-    workplace.add_dataset(21, labels={"background": 0, "one": 1}) if not _exists(
-        workplace, 21
-    ) else None
-    workplace.prepare(21)
+    """A finished fold 0 whose weights file is deleted afterwards, and no variable describes."""
+    if not any((workplace.root / "raw").glob("Dataset021_*")):
+        workplace.add_dataset(21, labels={"background": 0, "one": 1})
+        workplace.prepare(21)
     monkeypatch.setenv("MEDDINOV3_WEIGHTS", str(small_weights))
     monkeypatch.delenv("MEDDINOV3_BACKBONE")
     fold = workplace.train(21, "MedDINOv3Trainer")
     small_weights.unlink()
     monkeypatch.delenv("MEDDINOV3_WEIGHTS")
     return fold
-
-
-def _exists(workplace, number):
-    return any((workplace.root / "raw").glob(f"Dataset{number:03d}_*"))
 
 
 def _equal(first, second):

@@ -1,0 +1,30 @@
+# `make demo` and `make test` need Python >= 3.10 and nothing else: the rest goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+# Without a bytecode cache every process of nnU-Net compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test lint clean
+demo: $(READY)
+	$(VENV)/bin/meddinov3 demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+$(READY): setup.cfg pyproject.toml $(wildcard build_backend/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'Python 3.10 or later is needed: call make with PYTHON=python3.12 or so.' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo 'Python lacks its venv module: install it (on Debian and Ubuntu: apt install python3-venv).' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@

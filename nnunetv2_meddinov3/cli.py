@@ -1,0 +1,151 @@
+"""The command ``meddinov3 VERB``: a table of verbs, each imported only when it is asked for."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from nnunetv2_meddinov3 import __version__, discovery
+
+# On import and not in ``main``: the worker processes that nnU-Net spawns import the main script
+# again, hence this module, and must find our trainers even where no start-up file is read.
+discovery.register()
+
+
+class Verb(NamedTuple):
+    """One verb of the command line.
+
+    Args:
+        help: What ``meddinov3 --help`` says of it, in one line.
+        target: ``module:function``, called with the list of arguments after the verb.
+        stands_for: The command of nnU-Net that ``target`` is; it reads ``sys.argv`` instead.
+    """
+
+    help: str
+    target: str
+    stands_for: str | None = None
+
+
+VERBS = {
+    "plan": Verb(
+        "add configurations such as 2d_896 to the plans of a dataset",
+        "nnunetv2_meddinov3.planning_cli:main",
+    ),
+    "train": Verb(
+        "nnUNetv2_train with our trainers known, however this package was installed",
+        "nnunetv2.run.run_training:run_training_entry",
+        "nnUNetv2_train",
+    ),
+    "predict": Verb(
+        "nnUNetv2_predict with our trainers known, however this package was installed",
+        "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
+        "nnUNetv2_predict",
+    ),
+    "weights": Verb(
+        "inspect, convert or fetch the weights of a backbone",
+        "nnunetv2_meddinov3.models.weights_cli:main",
+    ),
+    "demo": Verb(
+        "plan, train and predict on synthetic CT, or on a dataset of yours, and report",
+        "nnunetv2_meddinov3.demo:main",
+    ),
+    "doctor": Verb(
+        "say what is wrong with this installation and how to mend it",
+        "nnunetv2_meddinov3.doctor:main",
+    ),
+    "ext-path": Verb(
+        'print our folder, for export nnUNet_extTrainer="$(meddinov3 ext-path)"',
+        "nnunetv2_meddinov3.cli:print_ext_path",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code.
+
+    Args:
+        argv: What was typed after ``meddinov3``; by default that of this process.
+
+    Raises:
+        UserError: The verb met a mistake of the user's (exit code 1, one sentence on stderr).
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if arguments and arguments[0] in VERBS:
+            code = _run(VERBS[arguments[0]], arguments[1:])
+        else:
+            _explain(arguments)
+            code = 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write("meddinov3: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        return 1
+    return code
+
+
+def print_ext_path(arguments: list[str]) -> int:
+    """Prints the folder with the one file that shows our trainers to ``nnUNet_extTrainer``."""
+    argparse.ArgumentParser(
+        prog="meddinov3 ext-path", description=VERBS["ext-path"].help
+    ).parse_args(arguments)
+    print(ext_path())
+    return 0
+
+
+def ext_path() -> Path:
+    """What ``nnUNet_extTrainer`` must name to find our trainers without the start-up file."""
+    return Path(__file__).resolve().parent / "ext"
+
+
+def _run(verb: Verb, arguments: list[str]) -> int:
+    import importlib
+
+    module_name, function_name = verb.target.split(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        from nnunetv2_meddinov3.errors import UserError
+
+        raise UserError(discovery.explain_import_error(error)) from error
+    if verb.stands_for is None:
+        return function(arguments) or 0
+    sys.argv = [verb.stands_for, *arguments]
+    return function() or 0
+
+
+def _explain(arguments: list[str]):
+    """Answers ``--help``, ``--version``, no verb at all, or a verb that does not exist."""
+    width = max(map(len, VERBS)) + 2
+    table = "\n".join(f"  {name:{width}}{verb.help}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="meddinov3",
+        usage="meddinov3 [-h] [--version] VERB ...",
+        description="MedDINOv3 for stock nnU-Net. `meddinov3 VERB --help` explains a verb.",
+        epilog=f"verbs:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"meddinov3 {__version__}")
+    _, rest = parser.parse_known_args(arguments)
+    if not arguments:
+        parser.print_help()
+        return
+    import difflib
+
+    close = difflib.get_close_matches(rest[0], VERBS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(VERBS)}"
+    parser.error(f"unknown verb {rest[0]!r}; {hint}")
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether stdout is a pipe closed at its other end; if so, silences the flush at exit."""
+    try:
+        print(flush=True)  # a flush alone would pass where the failed write emptied the buffer
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -1,0 +1,190 @@
+"""How stock nnU-Net finds our trainers and our planner by name.
+
+nnU-Net looks for a class by importing the modules of its own tree one after the other and asking
+each ``hasattr(module, name)``. ``register`` gives the first module it asks, for trainers and for
+planners, a module-level ``__getattr__`` (PEP 562) that answers to our names and to no others: the
+stock commands take ``-tr MedDINOv3Trainer`` and ``-pl MedDINOv3Planner``. Nothing of nnU-Net is
+written to or replaced, and our own code is imported only when one of our names is asked for.
+
+A start-up file beside the package calls ``autoregister`` in every interpreter of the environment.
+Therefore this module imports ``os`` and ``sys`` alone, which every interpreter has loaded by then.
+"""
+
+import os
+import sys
+
+OPT_OUT = "MEDDINOV3_AUTOREGISTER"
+
+_TRAINER_MODULE = "nnunetv2_meddinov3.trainers.meddinov3_trainers"
+_TRAINER_HOST = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+_PLANNER_HOST = "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner"
+
+TRAINERS = dict.fromkeys(
+    (
+        "MedDINOv3Trainer",
+        "DINOv3Trainer",
+        "MedDINOv3Trainer_scratch",
+        "MedDINOv3Trainer_singlescale",
+        "MedDINOv3Trainer_frozen",
+        "MedDINOv3Trainer_NoMirroring",
+        "MedDINOv3Trainer_50epochs",
+        "MedDINOv3Trainer_250epochs",
+        "MedDINOv3Trainer_demo",
+    ),
+    _TRAINER_MODULE,
+)
+"""Name of each trainer -> module that defines it."""
+
+PLANNERS = {"MedDINOv3Planner": "nnunetv2_meddinov3.planning"}
+"""Name of each planner -> module that defines it."""
+
+_HOSTS = {_TRAINER_HOST: TRAINERS, _PLANNER_HOST: PLANNERS}
+
+started_up = False
+"""True where the start-up file of the environment ran ``autoregister`` in this interpreter."""
+
+
+def autoregister():
+    """Registers our names unless the user opted out; this is what the start-up file calls."""
+    global started_up
+    started_up = True
+    if not is_opted_out():
+        register()
+
+
+def is_opted_out() -> bool:
+    """Whether the user switched the start-up file off, by ``MEDDINOV3_AUTOREGISTER=0``."""
+    return os.environ.get(OPT_OUT) == "0"
+
+
+def register():
+    """Makes our names findable by nnU-Net in this process; safe to call twice, early or late."""
+    if not is_registered():
+        sys.meta_path.insert(0, _HostFinder())
+    for host in _HOSTS:
+        if host in sys.modules:
+            _attach(sys.modules[host])
+
+
+def is_registered() -> bool:
+    """Whether ``register`` was called in this process."""
+    return any(isinstance(finder, _HostFinder) for finder in sys.meta_path)
+
+
+def resolve(name: str) -> type:
+    """Imports one of our trainers or planners.
+
+    Raises:
+        AttributeError: The name is not ours.
+        UserError: The name is ours and our package, or one it needs, cannot be imported. Being a
+            ``SystemExit`` it is not mistaken for "no such class" by ``hasattr``.
+    """
+    module_name = TRAINERS.get(name) or PLANNERS.get(name)
+    if module_name is None:
+        raise AttributeError(f"nnunetv2_meddinov3 has no trainer or planner named {name!r}")
+    import importlib
+
+    try:
+        if name in TRAINERS:
+            # Every trainer needs timm; if it is broken we say so now, before nnU-Net starts work.
+            importlib.import_module("timm")
+        return getattr(importlib.import_module(module_name), name)
+    except Exception as error:
+        from nnunetv2_meddinov3.errors import UserError
+
+        raise UserError(f"{name} cannot be used: {explain_import_error(error)}") from error
+
+
+def explain_import_error(error: BaseException) -> str:
+    """One sentence for an import that failed: what is wrong, where, and what to do.
+
+    Args:
+        error: What the import raised; its causes are searched too, because libraries re-raise.
+    """
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    if any(_is_torchvision_mismatch(link) for link in chain):
+        return (
+            f"torch {_version('torch')} and torchvision {_version('torchvision')} do not match; "
+            "install both together, in one command and from the same place: "
+            "pip install --upgrade --force-reinstall torch torchvision"
+        )
+    first = chain[0]
+    what = " ".join(str(first).split()) or "no message"
+    return (
+        f"an import failed with {type(first).__name__}: {what}{_place(first)}; "
+        "reinstall nnunetv2-meddinov3 and what it needs (`meddinov3 doctor` shows what is amiss)"
+    )
+
+
+def _is_torchvision_mismatch(error: BaseException) -> bool:
+    """Whether compiled operators of torchvision did not load into this torch."""
+    text = str(error)
+    return "torchvision::" in text or ("torchvision" in text and "undefined symbol" in text)
+
+
+def _version(distribution: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _place(error: BaseException) -> str:
+    """Where an import failed, as `` (FILE, line N)``; empty where the message says it."""
+    place, trace = "", None if isinstance(error, SyntaxError) else error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "importlib" not in file:  # the import system itself is never the place
+            place = f" ({file}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return place
+
+
+def _attach(module):
+    """Gives one of nnU-Net's modules the ``__getattr__`` that knows our names, once."""
+    names = _HOSTS[module.__name__]
+    earlier = getattr(module, "__getattr__", None)
+    if getattr(earlier, "answers_for", None) is names:
+        return
+
+    def module_getattr(name):
+        if name in names:
+            return resolve(name)
+        if earlier is not None:
+            return earlier(name)
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    module_getattr.answers_for = names
+    module.__getattr__ = module_getattr
+
+
+class _HostFinder:
+    """Lets the other finders find nnU-Net's two modules, and attaches to them after they ran."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in _HOSTS:
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _HostFinder) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                self._attach_after_execution(spec)
+                return spec
+        return None
+
+    @staticmethod
+    def _attach_after_execution(spec):
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            if module.__name__ in _HOSTS:  # some loaders (zip files) serve many modules
+                _attach(module)
+
+        spec.loader.exec_module = exec_module

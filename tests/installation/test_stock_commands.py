@@ -1,0 +1,165 @@
+"""nnU-Net's own commands, typed as a user types them, in environments made by pip."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+pytestmark = pytest.mark.slow
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+PLANS = ("-p", "nnUNetMedDINOv3Plans")
+HERE = ("-device", "cpu")
+
+
+def make_dataset(raw):
+    """Write a dataset whose organ is a bright disc; returns its id."""
+    folder = raw / "Dataset701_Discs"
+    for part in ("imagesTr", "labelsTr", "imagesTs"):
+        (folder / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:60, :72]
+    for case in range(6):
+        disc = (y - rng.integers(20, 40)) ** 2 + (x - rng.integers(20, 50)) ** 2 < 150
+        label = np.repeat(disc[None], 4, axis=0).astype(np.uint8)
+        ct = rng.normal(-50, 30, label.shape) + 200 * label
+        for array, part, ending in ((ct, "images", "_0000"), (label, "labels", "")):
+            image = sitk.GetImageFromArray(array.astype(np.int16))
+            image.SetSpacing((0.8, 0.8, 3.0))
+            split = "Tr" if case < 5 else "Ts"
+            if (folder / f"{part}{split}").exists():
+                sitk.WriteImage(image, folder / f"{part}{split}" / f"case_{case}{ending}.nii.gz")
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "disc": 1},
+        "numTraining": 5,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return "701"
+
+
+def make_real_dataset(raw):
+    """Write Dataset802 (real CT, six labels); returns its id."""
+    if not (SHARED / "make_nnunet.py").exists():
+        pytest.skip("the real CT of shared/data is not beside this checkout")
+    subprocess.run([sys.executable, SHARED / "make_nnunet.py", raw, "totalseg"], check=True)
+    return "802"
+
+
+class Desk:
+    """The commands of one environment with their nnU-Net folders."""
+
+    def __init__(self, environment, root, **variables):
+        self.environment, self.root = environment, root
+        self.variables = {f"nnUNet_{n}": str(root / n) for n in ("raw", "preprocessed", "results")}
+        for folder in self.variables.values():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        self.variables |= {"nnUNet_def_n_proc": "1", **variables}
+
+    def __call__(self, name, *arguments, **variables):
+        done = self.environment.stock_command(name, *arguments, **self.variables, **variables)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    def prepare(self, number, size):
+        options = ("-np", "1", "-npfp", "1", "--verify_dataset_integrity")
+        chosen = ("-pl", "MedDINOv3Planner", "-c", f"2d_{size}")
+        self("nnUNetv2_plan_and_preprocess", "-d", number, *chosen, *options, MEDDINOV3_SIZE=size)
+
+    def train(self, number, size, *more, trainer="MedDINOv3Trainer"):
+        names = (number, f"2d_{size}", "0", "-tr", trainer, *PLANS)
+        return self("nnUNetv2_train", *names, *HERE, *more, nnUNet_n_proc_DA="0")
+
+    def predict(self, number, size, images, out, trainer="MedDINOv3Trainer"):
+        places = ("-i", images, "-o", self.root / out, "-npp", "0", "-nps", "0")
+        names = ("-d", number, "-c", f"2d_{size}", "-f", "0", "-tr", trainer, *PLANS)
+        self("nnUNetv2_predict", *map(str, places), *names, *HERE)
+        return {
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted((self.root / out).glob("*.nii.gz"))
+        }
+
+
+@pytest.mark.parametrize("make", [make_dataset, make_real_dataset])
+def test_train_here_predict_there_without_the_weights_file(
+    make, either, installed, released_file, tmp_path
+):
+    if make is make_real_dataset and either is not installed:
+        pytest.skip("the real dataset runs in the wheel's environment; the other is the same code")
+    weights = tmp_path / "model.pth"
+    released_file(weights)
+    here = Desk(
+        either,
+        tmp_path / "here",
+        MEDDINOV3_WEIGHTS=str(weights),
+        MEDDINOV3_EPOCHS="2",
+        MEDDINOV3_ITERATIONS="4",
+    )
+    number = make(tmp_path / "here" / "raw")
+    here.prepare(number, "64")
+    log = here.train(number, "64")
+    assert "training checkpoint, teacher.backbone" in log
+    assert log.count("Licence of these weights") == 1
+    images = next((tmp_path / "here" / "raw").glob("Dataset*/imagesTs"))
+    expected = here.predict(number, "64", images, "predicted")
+    assert expected
+    here.train(number, "64", "--c")
+    assert here.predict(number, "64", images, "after_c") == expected
+    archive = tmp_path / "model.zip"
+    names = ("-d", number, "-c", "2d_64", "-f", "0", "-tr", "MedDINOv3Trainer", *PLANS)
+    here("nnUNetv2_export_model_to_zip", "-o", str(archive), *names)
+
+    weights.unlink()
+    images = shutil.copytree(images, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "here")
+    there = Desk(installed, tmp_path / "there", MEDDINOV3_WEIGHTS=str(weights))
+    there("nnUNetv2_install_pretrained_model_from_zip", str(archive))
+    assert there.predict(number, "64", images, "predicted") == expected
+
+
+def test_stock_plans_and_stock_2d_work_too(installed, tmp_path):
+    desk = Desk(
+        installed,
+        tmp_path,
+        MEDDINOV3_WEIGHTS="none",
+        MEDDINOV3_BACKBONE="vit_tiny",
+        MEDDINOV3_EPOCHS="1",
+        MEDDINOV3_ITERATIONS="2",
+    )
+    number = make_dataset(tmp_path / "raw")
+    desk("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "2d", "-np", "1", "-npfp", "1")
+    options = ("-tr", "MedDINOv3Trainer", *HERE)
+    desk("nnUNetv2_train", number, "2d", "0", *options, nnUNet_n_proc_DA="0")
+    summary = next((tmp_path / "results").rglob("validation/summary.json"))
+    assert "foreground_mean" in json.loads(summary.read_text())
+
+
+def test_the_unmodified_recipe_runs_with_a_vit_base_in_the_released_format(
+    installed, released_file, tmp_path
+):
+    weights = tmp_path / "model.pth"
+    released_file(weights, size="vit_base")
+    desk = Desk(
+        installed,
+        tmp_path,
+        MEDDINOV3_WEIGHTS=str(weights),
+        MEDDINOV3_EPOCHS="1",
+        MEDDINOV3_ITERATIONS="1",
+    )
+    number = make_dataset(tmp_path / "raw")
+    desk.prepare(number, "64")
+    log = desk.train(number, "64", "--disable_checkpointing")
+    assert "tensors used" in log
+    plans = next((tmp_path / "results").rglob("plans.json")).read_text()
+    network = json.loads(plans)["configurations"]["2d_64"]["architecture"]["arch_kwargs"]
+    assert network["layers"] == [2, 5, 8, 11]
+    assert network["drop_path"] == 0.2
+    assert network["backbone"]["norm_eps"] == 1e-6
+    assert network["backbone"]["qkv_bias"] is False
