@@ -17,7 +17,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.settings import backbone_setting, weights_setting
+from nnunetv2_meddinov3.settings import (
+    backbone_setting,
+    checkpointing_setting,
+    weights_setting,
+)
 
 SEGMENTER = "nnunetv2_meddinov3.models.segmenter.Segmenter"
 
@@ -134,6 +138,7 @@ def plans_entry(
             "backbone": {**architecture.to_dict(), "input_channels": stem},
             "layers": build.resolve_layers(layers, architecture.depth),
             "drop_path": drop_path,
+            "activation_checkpointing": checkpointing_setting(),
         },
         "_kw_requires_import": [],
     }
@@ -151,10 +156,9 @@ def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configurati
     found = saved_architecture(folder, configuration)
     if not others or found is None:
         return
-    ours = {k: v for k, v in entry["arch_kwargs"].items() if k != "drop_path"}
-    theirs = {k: v for k, v in found["arch_kwargs"].items() if k != "drop_path"}
+    ours, theirs = entry["arch_kwargs"], found["arch_kwargs"]
     differ = sorted(k for k in ours["backbone"] if ours["backbone"][k] != theirs["backbone"].get(k))
-    differ += [k for k in ours if k != "backbone" and ours[k] != theirs.get(k)]
+    differ += ["layers"] if ours["layers"] != theirs["layers"] else []
     if differ:
         raise UserError(
             f"all folds of a model must have one architecture, but this one differs from "

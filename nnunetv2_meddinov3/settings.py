@@ -9,6 +9,7 @@ VARIABLES = {
     "MEDDINOV3_SIZE": "side of the planner's configuration in pixels",
     "MEDDINOV3_EPOCHS": "number of epochs instead of the recipe's",
     "MEDDINOV3_ITERATIONS": "training iterations per epoch instead of 250",
+    "MEDDINOV3_CHECKPOINTING": "1 recomputes the ViT's activations to save GPU memory",
     "MEDDINOV3_AUTOREGISTER": "0 keeps the start-up file from registering our names",
 }
 SIZE_NAMES = (
@@ -73,3 +74,17 @@ def count_setting(name: str) -> int | None:
     if not value.isdecimal() or int(value) < 1:
         raise UserError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return int(value)
+
+
+def checkpointing_setting() -> bool:
+    """Return whether ``MEDDINOV3_CHECKPOINTING`` asks to recompute the ViT's activations.
+
+    Raises:
+        UserError: If it is neither 0 nor 1.
+    """
+    from nnunetv2_meddinov3.errors import UserError
+
+    value = os.environ.get("MEDDINOV3_CHECKPOINTING", "").strip() or "0"
+    if value not in ("0", "1"):
+        raise UserError(f"MEDDINOV3_CHECKPOINTING must be 0 or 1, got {value!r}.")
+    return value == "1"

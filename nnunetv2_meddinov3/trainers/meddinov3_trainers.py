@@ -15,7 +15,11 @@ from torch import nn
 
 from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.settings import check_variables, count_setting
+from nnunetv2_meddinov3.settings import (
+    check_variables,
+    checkpointing_setting,
+    count_setting,
+)
 
 
 class MedDINOv3Trainer(nnUNetTrainer):
@@ -47,6 +51,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
         check_variables()
+        checkpointing_setting()
         fine_tuning.check_configuration(plans, configuration)
         epochs, iterations = (
             count_setting("MEDDINOV3_EPOCHS"),

@@ -40,10 +40,25 @@ def test_a_patch_of_56_by_40_pixels_trains_and_predicts(workplace, short_run):
 
 
 @pytest.mark.slow
+def test_a_2d_cascade_trains_both_stages(workplace, short_run):
+    workplace.add_dataset(17, labels=PLAIN)
+    folder = workplace.prepare(17, next_stage="2d_fine")
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    second = {"inherits_from": "2d", "previous_stage": "2d", "next_stage": None}
+    plans["configurations"]["2d_fine"] = second
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    workplace.train(17, fold="all")
+    fold = workplace.train(17, fold="all", configuration="2d_fine")
+    assert (fold / "validation" / "summary.json").exists()
+    entry = json.loads((fold.parent / "plans.json").read_text())["configurations"]["2d_fine"]
+    assert entry["architecture"]["arch_kwargs"]["backbone"]["input_channels"] == 3
+
+
+@pytest.mark.slow
 def test_training_learns_the_boxes(workplace, monkeypatch):
     # the labels differ in brightness and place: a network that learns at all finds them
     monkeypatch.setenv("MEDDINOV3_EPOCHS", "4")
     monkeypatch.setenv("MEDDINOV3_ITERATIONS", "30")
     fold = workplace.train(1, "MedDINOv3Trainer_demo")
     summary = (fold / "validation" / "summary.json").read_text()
-    assert json.loads(summary)["foreground_mean"]["Dice"] > 0.6
+    assert json.loads(summary)["foreground_mean"]["Dice"] > 0.5  # untrained: below 0.2

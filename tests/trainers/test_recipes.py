@@ -182,3 +182,29 @@ def test_a_checkpoint_of_a_stock_trainer_is_refused(workplace):
     plans = {"configurations": {"2d": {"architecture": {"network_class_name": "x.PlainConvUNet"}}}}
     with pytest.raises(UserError, match=r"x\.PlainConvUNet"):
         fine_tuning.checkpoint_architecture({"init_args": {"plans": plans}}, "2d")
+
+
+def test_checkpointing_is_a_variable_and_no_other_architecture(workplace, monkeypatch):
+    monkeypatch.setenv("MEDDINOV3_CHECKPOINTING", "1")
+    trainer = make_trainer(workplace, trainers.MedDINOv3Trainer_scratch)
+    trainer.initialize()
+    assert trainer.network.backbone.vit.grad_checkpointing
+    entry = trainer.configuration_manager.configuration["architecture"]
+    monkeypatch.setenv("MEDDINOV3_CHECKPOINTING", "0")
+    other = make_trainer(workplace, trainers.MedDINOv3Trainer_scratch)
+    other.initialize()
+    assert not other.network.backbone.vit.grad_checkpointing
+    again = other.configuration_manager.configuration["architecture"]
+    assert again["arch_kwargs"]["backbone"] == entry["arch_kwargs"]["backbone"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_network_compiles_as_one_graph(workplace, monkeypatch):
+    trainer = make_trainer(workplace, trainers.MedDINOv3Trainer_scratch)
+    trainer.initialize()
+    network = trainer.network.eval()
+    network.decoder.chunk = 5
+    images = torch.randn(2, 1, 56, 40)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), network(images))
