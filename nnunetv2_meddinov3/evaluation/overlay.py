@@ -1,0 +1,111 @@
+"""A picture of predictions beside their references."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot: no display, no global state
+from matplotlib.lines import Line2D
+
+from nnunetv2_meddinov3.evaluation.report import (
+    DiceTable,
+    foreground_labels,
+    format_dice,
+    mean_of_known,
+    read_image,
+    voxels,
+)
+
+ABDOMEN_WINDOW_HU = (50.0, 400.0)  # level, width
+MAX_CASES = 6
+
+Labels = Mapping[str, tuple[int, ...]]
+
+
+def save_overlay(
+    path: Path,
+    images: Mapping[str, Path],
+    prediction_folder: Path,
+    label_folder: Path,
+    dataset_json: Mapping,
+    table: DiceTable,
+) -> None:
+    """Draw one slice of each case twice: with the contours of the reference and of the prediction.
+
+    The slice is the one that shows the most labels and, of those, the most labelled pixels. CT is
+    windowed for the abdomen, any other image between its 1st and 99th percentile.
+
+    Args:
+        path: The PNG to write.
+        images: Case -> file of its first channel.
+        prediction_folder: Label maps of the network.
+        label_folder: Label maps of the reference.
+        dataset_json: The content of nnU-Net's dataset.json.
+        table: Dice of `report.dice_per_label`; its first `MAX_CASES` cases are drawn.
+    """
+    cases = list(table)[:MAX_CASES]
+    labels = foreground_labels(dataset_json)
+    palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "gist_ncar"]
+    spread = range(len(labels)) if len(labels) <= 10 else np.linspace(0.05, 0.95, len(labels))
+    colours = dict(zip(labels, map(palette, spread), strict=True))
+    is_ct = next(iter(dataset_json["channel_names"].values())).casefold() == "ct"
+
+    figure = Figure(figsize=(9, 4.2 * len(cases) + 0.7), layout="constrained", facecolor="white")
+    for case, axes in zip(cases, figure.subplots(len(cases), 2, squeeze=False), strict=True):
+        file_name = case + dataset_json["file_ending"]
+        image, reference, prediction = (
+            _upright(read_image(file))
+            for file in (
+                images[case],
+                Path(label_folder) / file_name,
+                Path(prediction_folder) / file_name,
+            )
+        )
+        index = _busiest_slice(voxels(reference), labels)
+        mean = format_dice(mean_of_known(table[case].values()))
+        for axis, label_map, title in (
+            (axes[0], reference, f"{case}, slice {index}: reference"),
+            (axes[1], prediction, f"prediction, mean Dice of the case {mean}"),
+        ):
+            _draw_grey(axis, image, index, is_ct)
+            _draw_contours(axis, voxels(label_map)[index], labels, colours)
+            axis.set_title(title, fontsize=9)
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+    )
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    partial.replace(path)
+
+
+def _upright(image: sitk.Image) -> sitk.Image:
+    """Volumes as LPS: a slice then shows the front above and the patient's right at the left."""
+    return sitk.DICOMOrient(image, "LPS") if image.GetDimension() == 3 else image
+
+
+def _busiest_slice(label_map: np.ndarray, labels: Labels) -> int:
+    areas = np.stack([np.isin(label_map, v).sum(axis=(1, 2)) for v in labels.values()])
+    return int(np.lexsort((areas.sum(axis=0), (areas > 0).sum(axis=0)))[-1])
+
+
+def _draw_grey(axis: Axes, image: sitk.Image, index: int, is_ct: bool) -> None:
+    grey = voxels(image)[index]
+    if is_ct:
+        level, width = ABDOMEN_WINDOW_HU
+        low, high = level - width / 2, level + width / 2
+    else:
+        low, high = np.percentile(grey, [1, 99])
+    spacing_x, spacing_y = image.GetSpacing()[:2]
+    axis.imshow(grey, cmap="gray", vmin=low, vmax=high, aspect=spacing_y / spacing_x)
+    axis.set_axis_off()
+
+
+def _draw_contours(axis: Axes, label_map: np.ndarray, labels: Labels, colours: Mapping) -> None:
+    for name, values in labels.items():
+        mask = np.isin(label_map, values)
+        if mask.any() and not mask.all():
+            axis.contour(mask, levels=[0.5], colors=[colours[name]], linewidths=1.4)
