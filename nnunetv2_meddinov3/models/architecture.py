@@ -44,20 +44,29 @@ class Architecture:
     def __post_init__(self) -> None:
         if not self.ffn_hidden:
             object.__setattr__(self, "ffn_hidden", 4 * self.embed_dim)
+        self._check_numbers()
         if self.ffn not in ("mlp", "swiglu"):
             raise ValueError(f"ffn must be 'mlp' or 'swiglu', got {self.ffn!r}")
         if self.rope_dtype not in ROPE_DTYPES:
             raise ValueError(
                 f"rope_dtype must be one of {list(ROPE_DTYPES)}, got {self.rope_dtype!r}"
             )
-        if self.num_heads < 1 or self.embed_dim % (4 * self.num_heads):
+        if self.embed_dim % (4 * self.num_heads):
             raise ValueError(
                 f"embed_dim must be a multiple of 4 * num_heads, got embed_dim={self.embed_dim} "
                 f"and num_heads={self.num_heads}"
             )
-        for name in ("depth", "ffn_hidden", "patch_size", "input_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _check_numbers(self) -> None:
+        least = dict.fromkeys(
+            ("embed_dim", "depth", "num_heads", "ffn_hidden", "patch_size", "input_channels"), 1
+        )
+        for name, lowest in {**least, "num_registers": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name} must be a whole number from {lowest} up, got {value!r}")
+        if not isinstance(self.norm_eps, float | int) or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-able dictionary, the inverse of ``Architecture(**d)``."""

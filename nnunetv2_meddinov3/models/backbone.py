@@ -154,6 +154,7 @@ class Backbone(nn.Module):
         Returns:
             One (B, D, H/16, W/16) map per layer.
         """
+        self._check_images(images)
         h, w = (side // self.patch_size for side in images.shape[-2:])
         return [
             t.patches.transpose(1, 2).unflatten(2, (h, w)).contiguous()
@@ -179,7 +180,8 @@ class Backbone(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         c, p = self.architecture.input_channels, self.patch_size
-        if images.ndim != 4 or images.shape[1] != c or images.shape[2] % p or images.shape[3] % p:
+        sides = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != c or any(n < p or n % p for n in sides):
             raise ValueError(
                 f"images must be (B, {c}, H, W) with H and W multiples of {p} pixels, "
                 f"got {tuple(images.shape)}"

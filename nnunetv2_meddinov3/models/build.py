@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 save_backbone = save_checkpoint
+_OF_DECODER = re.compile(r"(?:^|\.)(?:decoder|up_projection)\.")
 
 
 def load_backbone(
@@ -162,9 +163,8 @@ def _load_segmenter(
 ) -> None:
     where = "the given state dict" if isinstance(weights, dict) else str(weights)
     state = weights if isinstance(weights, dict) else read_files(weights).tensors
-    decoder = {
-        k: t for key, t in state.items() if (k := _decoder_name(key, network.decoder.stages))
-    }
+    stages = network.decoder.stages
+    decoder = {k: t for key, t in state.items() if (k := _decoder_name(key, stages))}
     parsed = parse_state_dict(state, where)
     checkpoint = checkpoint_from(parsed, where, norm_eps=network.backbone.architecture.norm_eps)
     own = network.decoder.state_dict()
@@ -173,9 +173,19 @@ def _load_segmenter(
     theirs, ours = checkpoint.architecture, network.backbone.architecture
     same = ("embed_dim", "depth", "num_heads", "ffn", "ffn_hidden", "qkv_bias", "num_registers")
     differ = [n for n in (*same, "input_channels") if getattr(theirs, n) != getattr(ours, n)]
+    if (theirs.layer_scale is None) != (ours.layer_scale is None):
+        differ.append("layer_scale")
+    wrong += [
+        k for k in checkpoint.dropped if _OF_DECODER.search(k) and not _decoder_name(k, stages)
+    ]
     if wrong or differ:
         raise UserError(
             f"{where} must fit this segmenter, but it differs in {listing(differ + wrong)}."
+        )
+    if not_finite := [k for k, t in decoder.items() if not torch.isfinite(t).all()]:
+        raise UserError(
+            f"weights must be finite numbers, but the decoder of {where} holds NaN or infinity in "
+            f"{listing(not_finite)}."
         )
     network.decoder.load_state_dict(decoder)
     load_into(network, checkpoint.tensors, image_channels=ours.input_channels)

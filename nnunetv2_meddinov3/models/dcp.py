@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nnunetv2_meddinov3.errors import UserError
@@ -70,8 +70,11 @@ def read_dcp(path: Path, where: str) -> dict[str, Tensor]:
             if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer")
         }
         load(state, storage_reader=reader, no_dist=True)
-    except Exception as error:  # torch raises many kinds, CheckpointException among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(
             f"{where} must be a whole distributed checkpoint, but it is damaged or unsafe: "
             f"{reason[:200]}"

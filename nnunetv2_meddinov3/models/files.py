@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.dcp import is_dcp, read_dcp
+from nnunetv2_meddinov3.models.paths import existing
 
 METADATA_KEY = "meddinov3"
 
@@ -46,19 +47,15 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
     Raises:
         UserError: If it is missing, damaged or unsafe.
     """
-    where, path = where or os.fspath(path), Path(path).expanduser()
-    if not path.exists():
+    where, found = where or os.fspath(path), existing(path)
+    if found is None:
         raise UserError(f"the weights must exist, but there is no {where}: check the path.")
+    path = found
     if path.is_dir():
         if is_dcp(path):
             return Contents(read_dcp(path, where))
-        index = path / "model.safetensors.index.json"
-        shards = [path / "model.safetensors"]
-        if index.exists():
-            shards = sorted(
-                {path / n for n in json.loads(index.read_text())["weight_map"].values()}
-            )
-        if not shards[0].exists():
+        shards = _shards(path, where)
+        if not shards:
             raise UserError(
                 f"a folder of weights must hold model.safetensors or a distributed checkpoint, but "
                 f"{where} holds neither: give the weights file itself."
@@ -72,6 +69,23 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
         state.update(tensors)
         metadata.update(found)
     return Contents(state, metadata, _read_config(shards[0].parent / "config.json"))
+
+
+def _shards(folder: Path, where: str) -> list[Path]:
+    """Return the files of a folder of Hugging Face weights; none if it is no such folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        whole = folder / "model.safetensors"
+        return [whole] if whole.exists() else []
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        shards = sorted(folder / name for name in names)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} must list the files of {where}, but it is damaged.") from error
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"{where} must hold all its files, but {shard.name} is missing.")
+    return shards
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -89,7 +103,7 @@ def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any
             head = file.read(9)
     except OSError as error:
         raise UserError(f"{where} must be readable: {error.strerror}.") from error
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] != b"PK"):
         return _read_safetensors(path, where)
     return _read_pickle(path, where), {}
 
@@ -97,15 +111,19 @@ def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any
 def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(METADATA_KEY)
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(raw) if raw else {}  # noqa: SIM118
+            facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            if not isinstance(facts, dict):
+                raise ValueError("its metadata are no dictionary")
+            return {k: file.get_tensor(k) for k in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise UserError(_damaged(where, error)) from error
 
 
 def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors: dict[str, Tensor] = {}
+        with path.open("rb") as file:  # given a path, torch would go by its suffix
+            _flatten(torch.load(file, map_location="cpu", weights_only=True), "", tensors)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise UserError(
@@ -116,8 +134,6 @@ def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
         raise UserError(_damaged(where, error)) from error
     except Exception as error:  # torch names no common class for what a damaged file can raise
         raise UserError(_damaged(where, error)) from error
-    tensors: dict[str, Tensor] = {}
-    _flatten(content, "", tensors)
     if not tensors:
         raise UserError(f"{where} must hold tensors, but it holds none.")
     return tensors
@@ -148,7 +164,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} must be writable: {error}.") from error
     finally:
         part.unlink(missing_ok=True)

@@ -21,6 +21,15 @@ _BESIDE = re.compile(
     r"|up_projection|decoder)\."
 )
 
+_TRAINING_NAMES = {
+    "teacher",
+    "student",
+    "model_ema",
+    "gram_teacher",
+    "backbone",
+    "dino_encoder",
+}
+
 # (pattern, canonical name, or None for a key that is expected to be dropped), first match wins
 _RULES: dict[str, list[tuple[str, str | None]]] = {
     "meta": [
@@ -86,6 +95,11 @@ class Parsed:
     prefix: str
     dropped: list[str] = field(default_factory=list)
 
+    @property
+    def is_training(self) -> bool:
+        """Whether the backbone stood under a name that training code gives it, not a mere box."""
+        return bool(_TRAINING_NAMES & set(self.prefix.split(".")))
+
 
 def parse_state_dict(state: dict[str, Tensor], where: str, branch: str | None = None) -> Parsed:
     """Find the backbone in a flat state dict and rename its keys to the canonical ones.
@@ -99,7 +113,9 @@ def parse_state_dict(state: dict[str, Tensor], where: str, branch: str | None = 
     Raises:
         UserError: If there is no backbone, several to choose from, or a key nobody knows.
     """
-    state = {_WRAPPERS.sub("", key): tensor for key, tensor in state.items()}
+    count, state = len(state), {_WRAPPERS.sub("", key): tensor for key, tensor in state.items()}
+    if len(state) < count:
+        raise UserError(f"{where} must hold every key once, but some differ in a wrapper's name.")
     if len(prefixes := _backbone_prefixes(state)) == 0:
         raise UserError(
             f"{where} must hold a DINOv3-family ViT, but none of its {len(state)} keys is a first "
@@ -119,8 +135,11 @@ def parse_state_dict(state: dict[str, Tensor], where: str, branch: str | None = 
             f"every key of {where} must be known, but {len(unknown)} are not: {listing(unknown)}; "
             "is this a ViT of the DINOv3 family?"
         )
+    _check_plain(tensors, where)
+    if "mask_token" in tensors and tensors["mask_token"].ndim == 3:  # (1, 1, D) in Hugging Face's
+        tensors["mask_token"] = tensors["mask_token"].flatten(0, 1)
     return Parsed(
-        _split_biases(tensors, naming, dropped, where),
+        _split_biases(tensors, dropped, where),
         naming,
         prefix,
         [prefix + key for key in dropped] + [key for key in beside if _is_beside(key, prefixes)],
@@ -143,7 +162,8 @@ def _choose_prefix(prefixes: list[str], branch: str | None, where: str) -> str:
         chosen = [p for p in prefixes if branch in parts[p]]
         if len(chosen) != 1:
             raise UserError(
-                f"{where} must hold one backbone called {branch!r}, it holds {listing(prefixes)}."
+                f"{where} must hold one backbone called {branch!r}, but it holds "
+                f"{listing(p or 'one without a name' for p in prefixes)}."
             )
         return chosen[0]
     for name in ("model_ema", "teacher", "backbone"):
@@ -166,7 +186,7 @@ def _is_beside(key: str, prefixes: list[str]) -> bool:
 def _naming(own: dict[str, Tensor]) -> str:
     if any(re.match(r"(?:model\.)?layer\.0\.|embeddings\.", key) for key in own):
         return "huggingface"
-    if "reg_token" in own or any(re.search(r"\.(gamma_1|q_bias)$", key) for key in own):
+    if any(re.search(r"(?:^|\.)(?:reg_token|gamma_1|q_bias|rope\.periods)$", key) for key in own):
         return "timm"
     return "meta"
 
@@ -191,26 +211,41 @@ def _rename(own: dict[str, Tensor], naming: str) -> tuple[dict[str, Tensor], lis
     return tensors, dropped, unknown
 
 
-def _split_biases(
-    tensors: dict[str, Tensor], naming: str, dropped: list[str], where: str
-) -> dict[str, Tensor]:
+def _check_plain(tensors: dict[str, Tensor], where: str) -> None:
+    for name, t in tensors.items():
+        if not t.is_floating_point() or t.layout != torch.strided or t.is_meta:
+            raise UserError(
+                f"weights must be plain floating-point tensors, but {name} in {where} is of type "
+                f"{t.dtype}, layout {t.layout} and device {t.device}."
+            )
+
+
+def _split_biases(tensors: dict[str, Tensor], dropped: list[str], where: str) -> dict[str, Tensor]:
     """Fuse separate query, key and value weights; split off query and value biases."""
     out = {k: t for k, t in tensors.items() if not re.search(r"attn\.(qkv\.bias|[qkv]\.\w+)$", k)}
     for i in sorted({k.split(".")[1] for k in tensors if k.startswith("blocks.")}, key=int):
-        attn, masked = f"blocks.{i}.attn", f"blocks.{i}.attn.qkv.bias_mask"
-        biases: list[Tensor | None] = [tensors.get(f"{attn}.{n}.bias") for n in "qkv"]
-        if naming == "huggingface":
-            weights = [tensors[k] for n in "qkv" if (k := f"{attn}.{n}.weight") in tensors]
-            if weights:
-                out[f"{attn}.qkv.weight"] = torch.cat(weights)
-        elif f"{attn}.qkv.bias" in tensors:
-            biases = list(tensors[f"{attn}.qkv.bias"].chunk(3))
-        q, k, v = biases
-        is_masked = any(key.endswith(masked) for key in dropped)
+        attn = f"blocks.{i}.attn"
+        parts = {n: tensors[n] for c in "qkv" if (n := f"{attn}.{c}.weight") in tensors}
+        if len(parts) == 3 and {t.ndim for t in parts.values()} == {2} and _alike(parts):
+            parts = {f"{attn}.qkv.weight": torch.cat(list(parts.values()))}
+        out.update(parts)  # separate ones have no place and are named as such
+        q, k, v = (tensors.get(f"{attn}.{n}.bias") for n in "qkv")
+        if (fused := tensors.get(f"{attn}.qkv.bias")) is not None:
+            if fused.ndim != 1 or len(fused) % 3:
+                raise UserError(
+                    f"the tensors of {where} must fit one architecture, but {attn}.qkv.bias is "
+                    f"{tuple(fused.shape)}, which is not one of query, key and value."
+                )
+            q, k, v = fused.view(3, -1).unbind()
+        is_masked = any(key.endswith(f"{attn}.qkv.bias_mask") for key in dropped)
         if k is not None and not is_masked and bool(k.any()):
             raise UserError(
                 f"keys must have no bias in DINOv3's attention, but {where} has one in block {i}."
             )
-        if q is not None and v is not None:
-            out[f"{attn}.q_bias"], out[f"{attn}.v_bias"] = q.clone(), v.clone()
+        biases = {f"{attn}.q_bias": q, f"{attn}.v_bias": v}
+        out.update({name: bias.clone() for name, bias in biases.items() if bias is not None})
     return out
+
+
+def _alike(tensors: dict[str, Tensor]) -> bool:
+    return len({t.shape for t in tensors.values()}) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.paths import existing
 
 VARIABLE = "MEDDINOV3_WEIGHTS"
 DINOV3_REPOSITORY = "facebookresearch/dinov3"
@@ -92,7 +93,7 @@ def fetch(value: str | os.PathLike[str]) -> Path:
     """
     source = parse_source(value)
     if source.kind == "path":
-        return Path(source.name).expanduser()
+        return existing(source.name) or Path(source.name)
     if source.kind not in ("timm", "hf"):
         raise UserError(f"only timm: and hf: sources can be fetched to a file, got {str(value)!r}.")
     return _download(value, *_hub_file(source))
@@ -162,6 +163,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _missing(source: Source) -> str | None:
+    """Say which path of a torch.hub source is not there; OWNER/REPO stands for one on GitHub."""
+    folder, file = source.repository, source.file
+    is_github = folder and re.fullmatch(r"[\w-]+/[\w.-]+(?::[\w./-]+)?", folder)
+    if folder and not is_github and not ((found := existing(folder)) and found.is_dir()):
+        return f"there is no folder {folder}: check the clone's path"
+    if file and not ((found := existing(file)) and found.is_file()):
+        return f"there is no file {file}: check the path"
+    return None
+
+
 def _from_torch_hub(
     source: Source, where: str, branch: str | None, overrides: dict[str, Any]
 ) -> Any:
@@ -169,25 +181,20 @@ def _from_torch_hub(
     torch = importlib.import_module("torch")
     formats = importlib.import_module("nnunetv2_meddinov3.models.formats")
     weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
-    local = source.repository is not None and Path(source.repository).expanduser().is_dir()
-    if source.repository is not None and not local and "/" not in source.repository:
-        raise UserError(
-            f"the torch.hub clone must be a folder, but there is no {source.repository}."
-        )
-    if source.file is not None and not Path(source.file).expanduser().is_file():
-        raise UserError(f"the weights must exist, but there is no {source.file}: check the path.")
-    repository = str(Path(source.repository).expanduser()) if local else source.repository
-    arguments = {"weights": str(Path(source.file).expanduser())} if source.file else {}
+    if missing := _missing(source):
+        raise UserError(f"the torch.hub entry {where} must load, but {missing}.")
+    local = existing(source.repository) if source.repository else None
+    arguments = {"weights": str(existing(source.file))} if source.file else {}
     try:
         module = torch.hub.load(
-            repository or DINOV3_REPOSITORY,
+            str(local) if local else source.repository or DINOV3_REPOSITORY,
             source.name,
             source="local" if local else "github",
             **({} if local else {"trust_repo": True}),
             **arguments,
         )
         state, norm = module.state_dict(), getattr(module, "norm", None)
-    except Exception as error:  # the repository's code may raise anything
+    except (Exception, SystemExit) as error:  # the repository's code may raise anything
         raise UserError(
             f"the torch.hub entry {where} must load, but it says: "
             f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200]} (give a local "
@@ -210,11 +217,12 @@ def describe_weights_source(value: str) -> tuple[bool, str]:
         if source.kind == "none":
             return True, "no pretrained weights: random initialisation"
         if source.kind == "path":
-            exists = Path(source.name).expanduser().exists()
-            return exists, f"{value} " + ("exists" if exists else "does not exist: check the path")
+            if existing(source.name):
+                return True, f"{value} exists"
+            return False, f"{value} does not exist: check the path"
         if source.kind == "torchhub":
-            if source.repository and not Path(source.repository).expanduser().is_dir():
-                return False, f"there is no folder {source.repository}: check the clone's path"
+            if missing := _missing(source):
+                return False, missing
             place = source.repository or f"{DINOV3_REPOSITORY} on GitHub, which needs a connection"
             return True, f"entry {source.name} of {place}"
         repository, file, revision = _hub_file(source)

@@ -25,6 +25,9 @@ TRAINING_LICENCE = (
     f"derive from DINOv3's also come under the {DINOV3_LICENCE})"
 )
 
+# what the architecture is read off
+_DIMENSIONS = {"cls_token": 3, "reg_token": 3, "rope.periods": 1, "patch_embed.proj.weight": 4}
+
 
 @dataclass
 class Checkpoint:
@@ -93,11 +96,12 @@ def checkpoint_from(
     """Complete parsed tensors to a checkpoint: architecture, strict accounting, finite values."""
     metadata, config = metadata or {}, config or {}
     architecture = infer_architecture(parsed, where, metadata, config, overrides)
-    tensors = {name: t.detach().float() for name, t in parsed.tensors.items()}
+    tensors = _separate(parsed.tensors)
     with torch.device("meta"):
         expected = Backbone(architecture, mask_token="mask_token" in tensors).state_dict()
     expected = {name.removeprefix("vit."): tuple(t.shape) for name, t in expected.items()}
-    if "rope.periods" not in tensors:  # timm and Hugging Face leave them out: DINOv3's, base 100
+    if "rope.periods" not in tensors and parsed.naming != "meta" and not metadata:
+        # timm and Hugging Face leave them out: they are DINOv3's, base 100
         width = architecture.embed_dim // architecture.num_heads
         tensors["rope.periods"] = 100 ** (torch.arange(width // 4) * 4 / width)
     _account(tensors, expected, where)
@@ -109,6 +113,19 @@ def checkpoint_from(
             )
     layout, licence = _describe(parsed, metadata)
     return Checkpoint(architecture, tensors, where, layout, parsed.dropped, metadata, licence)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return fp32 tensors none of which shares memory: parameters are made of them."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        t = tensor.detach().float().contiguous()
+        if (place := t.untyped_storage().data_ptr()) in seen:
+            t = t.clone()
+        seen.add(place)
+        out[name] = t
+    return out
 
 
 def _account(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: str) -> None:
@@ -129,6 +146,15 @@ def _account(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], w
         )
 
 
+def _check_dimensions(tensors: dict[str, Tensor], wanted: dict[str, int], where: str) -> None:
+    for name, count in wanted.items():
+        if name in tensors and tensors[name].ndim != count:
+            raise UserError(
+                f"the tensors of {where} must be a ViT's, but {name} is "
+                f"{tuple(tensors[name].shape)} and not {count}-dimensional."
+            )
+
+
 def infer_architecture(
     parsed: Parsed,
     where: str,
@@ -147,21 +173,24 @@ def infer_architecture(
     needed = ["cls_token", "patch_embed.proj.weight"]
     if missing := [name for name in needed if name not in t] + ([] if fc1 else ["blocks.0.mlp"]):
         raise UserError(f"{where} must hold a whole ViT, but {listing(missing)} is missing.")
+    _check_dimensions(t, {**_DIMENSIONS, f"blocks.0.{fc1}.weight": 2}, where)
     width = t["cls_token"].shape[-1]
     heads = config.get("num_attention_heads", max(1, width // (128 if width == 4096 else 64)))
     if "rope.periods" in t:
-        heads = width // (4 * len(t["rope.periods"]))
+        heads = width // (4 * max(1, len(t["rope.periods"])))
     stem = t["patch_embed.proj.weight"].shape
     fields: dict[str, Any] = {
         "embed_dim": width,
-        "depth": 1 + max(int(k.split(".")[1]) for k in t if k.startswith("blocks.")),
+        "depth": len({k.split(".")[1] for k in t if k.startswith("blocks.")}),
         "num_heads": heads,
         "ffn": "mlp" if fc1 == "mlp.fc1" else "swiglu",
         "ffn_hidden": t[f"blocks.0.{fc1}.weight"].shape[0],
-        "qkv_bias": "blocks.0.attn.q_bias" in t,
-        "num_registers": t["reg_token"].shape[1] if "reg_token" in t else 0,
-        "norm_eps": config.get("layer_norm_eps", 1e-6 if parsed.prefix else 1e-5),
-        "layer_scale": 1e-5 if "blocks.0.gamma_1" in t else None,
+        "qkv_bias": any(k.endswith(("attn.q_bias", "attn.v_bias")) for k in t),
+        "num_registers": (
+            t["reg_token"].shape[1] if "reg_token" in t else config.get("num_register_tokens", 0)
+        ),
+        "norm_eps": config.get("layer_norm_eps", 1e-6 if parsed.is_training else 1e-5),
+        "layer_scale": 1e-5 if any(k.endswith(("gamma_1", "gamma_2")) for k in t) else None,
         "patch_size": stem[-1],
         "input_channels": stem[1],
     }
@@ -174,7 +203,7 @@ def infer_architecture(
 def _describe(parsed: Parsed, metadata: dict[str, Any]) -> tuple[str, str]:
     if metadata:
         return "nnunetv2_meddinov3 checkpoint", metadata.get("licence", "not stated in the file")
-    if parsed.naming == "meta" and parsed.prefix:
+    if parsed.naming == "meta" and parsed.is_training:
         return f"training checkpoint, {parsed.prefix.rstrip('.')}", TRAINING_LICENCE
     names = {"meta": "DINOv3 hub", "timm": "timm", "huggingface": "Hugging Face"}
     return f"{names[parsed.naming]} checkpoint", DINOV3_LICENCE
