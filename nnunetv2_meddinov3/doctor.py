@@ -127,10 +127,12 @@ def examine_device() -> Iterator[Finding]:
     """What training would run on, and in which number format."""
     import torch
 
+    from nnunetv2_meddinov3.models.precision import gpu_has_bf16
+
     if not torch.cuda.is_available():
         sentence = "no CUDA device is seen; training runs with -device cpu, slowly and in fp32"
     else:
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16 (no bf16 on this device)"
+        precision = "bf16" if gpu_has_bf16() else "fp16 (this device has no bf16 of its own)"
         sentence = f"{torch.cuda.get_device_name()}, training in {precision}"
     yield Finding(True, "device", sentence)
 
@@ -183,6 +185,9 @@ def examine_variables() -> Iterator[Finding]:
     """Our own variables: what is set, and whether a name or a value is mistyped."""
     settings.check_variables()
     settings.backbone_setting()
+    settings.checkpointing_setting()
+    for name in ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS"):
+        settings.count_setting(name)
     values = [f"{n}={os.environ[n]}" for n in settings.VARIABLES if os.environ.get(n)]
     yield Finding(True, "MEDDINOV3_* variables", ", ".join(values) or "none is set")
 

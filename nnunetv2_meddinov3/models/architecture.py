@@ -22,6 +22,7 @@ class Architecture:
         qkv_bias: Whether queries and values have a bias (keys never have one).
         num_registers: Register (storage) tokens.
         norm_eps: Epsilon of every LayerNorm: 1e-5 in DINOv3's hub models, 1e-6 in MedDINOv3's.
+        rope_base: Base of the rotary periods, ``base ** (4 k / head width)``; those of a file win.
         rope_dtype: ``"fp32"`` or ``"bf16"``, the dtype in which queries and keys are rotated.
         layer_scale: Initial value of LayerScale; None for a network without it.
         patch_size: Patch side in pixels.
@@ -36,6 +37,7 @@ class Architecture:
     qkv_bias: bool = True
     num_registers: int = 4
     norm_eps: float = 1e-5
+    rope_base: float = 100.0
     rope_dtype: str = "fp32"
     layer_scale: float | None = 1e-5
     patch_size: int = 16
@@ -65,6 +67,8 @@ class Architecture:
             value = getattr(self, name)
             if not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be a whole number from {lowest} up, got {value!r}")
+        if not isinstance(self.rope_base, float | int) or not 1 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base must be a number above 1, got {self.rope_base!r}")
         if not isinstance(self.norm_eps, float | int) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}")
 

@@ -77,7 +77,7 @@ class Backbone(nn.Module):
             use_abs_pos_emb=False,
             use_rot_pos_emb=True,
             rope_type="dinov3",
-            rope_temperature=100.0,
+            rope_temperature=a.rope_base,
             rope_rotate_half=True,
             use_fc_norm=False,
             dynamic_img_size=True,

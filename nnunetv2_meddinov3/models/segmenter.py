@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from nnunetv2_meddinov3.models.architecture import Architecture, check_layers, default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.decoder import CHUNK, TokenDecoder
+from nnunetv2_meddinov3.models.precision import gpu_has_bf16
 
 
 class Segmenter(nn.Module):
@@ -111,10 +112,3 @@ def resolve_layers(layers: list[int] | str | None, depth: int) -> list[int]:
         raise ValueError(f'layers must be block indices or "last", got {layers!r}')
     check_layers(layers, depth)
     return list(layers)
-
-
-def gpu_has_bf16() -> bool:
-    """Return whether the visible GPU computes bf16 natively (Ampere and later, or ROCm)."""
-    if not torch.cuda.is_available():
-        return False
-    return bool(torch.version.hip) or torch.cuda.get_device_capability()[0] >= 8

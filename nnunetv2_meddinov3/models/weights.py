@@ -101,9 +101,9 @@ def checkpoint_from(
         expected = Backbone(architecture, mask_token="mask_token" in tensors).state_dict()
     expected = {name.removeprefix("vit."): tuple(t.shape) for name, t in expected.items()}
     if "rope.periods" not in tensors and parsed.naming != "meta" and not metadata:
-        # timm and Hugging Face leave them out: they are DINOv3's, base 100
+        # timm and Hugging Face leave them out
         width = architecture.embed_dim // architecture.num_heads
-        tensors["rope.periods"] = 100 ** (torch.arange(width // 4) * 4 / width)
+        tensors["rope.periods"] = architecture.rope_base ** (torch.arange(width // 4) * 4 / width)
     _account(tensors, expected, where)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -190,6 +190,7 @@ def infer_architecture(
             t["reg_token"].shape[1] if "reg_token" in t else config.get("num_register_tokens", 0)
         ),
         "norm_eps": config.get("layer_norm_eps", 1e-6 if parsed.is_training else 1e-5),
+        "rope_base": config.get("rope_theta", 100.0),
         "layer_scale": 1e-5 if any(k.endswith(("gamma_1", "gamma_2")) for k in t) else None,
         "patch_size": stem[-1],
         "input_channels": stem[1],

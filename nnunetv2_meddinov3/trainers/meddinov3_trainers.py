@@ -108,7 +108,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         self._set_architecture(entry)
         if checkpoint is None:
             self.print_to_log_file("The ViT starts from random weights.")
-        else:
+        elif self.local_rank == 0:
             self.print_to_log_file(f"The ViT starts from {checkpoint.report()}.")
             self.print_to_log_file(f"Licence of these weights: {checkpoint.licence}.")
         return checkpoint

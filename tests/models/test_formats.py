@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nnunetv2_meddinov3.models import build_segmenter, load_backbone, save_backbone
+from nnunetv2_meddinov3.models.architecture import architecture_of
+from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.formats import Parsed, parse_state_dict
 from nnunetv2_meddinov3.models.weights import (
     checkpoint_from,
@@ -439,3 +441,14 @@ def test_a_hub_file_in_a_box_keeps_the_hubs_epsilon(box, tmp_path):
     assert load_backbone(tmp_path / "boxed.pth").architecture.norm_eps == 1e-5
     torch.save({"teacher": {f"backbone.{k}": t for k, t in hub.items()}}, tmp_path / "run.pth")
     assert load_backbone(tmp_path / "run.pth").architecture.norm_eps == 1e-6
+
+
+def test_the_base_of_rotary_periods_comes_from_a_hugging_face_config():
+    backbone = Backbone(architecture_of("vit_tiny", depth=1, rope_base=50.0))
+    width = backbone.embed_dim // backbone.architecture.num_heads
+    expected = 50.0 ** (torch.arange(width // 4) * 4 / width)
+    torch.testing.assert_close(backbone.vit.rope.periods, expected)
+    state = {k.removeprefix("vit."): v for k, v in backbone.state_dict().items()}
+    parsed = parse_state_dict({k: v for k, v in state.items() if "rope" not in k}, "a file")
+    read = checkpoint_from(parsed, "a file", config={"rope_theta": 50.0})
+    torch.testing.assert_close(read.tensors["rope.periods"], expected)
