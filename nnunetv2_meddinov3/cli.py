@@ -42,6 +42,14 @@ VERBS = {
         "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
         "nnUNetv2_predict",
     ),
+    "curate": Verb(
+        "bring CT and MR volumes into a store of slices for pretraining",
+        "nnunetv2_meddinov3.pretrain.data.curate_cli:main",
+    ),
+    "store": Verb(
+        "verify, merge, split or export a store of slices",
+        "nnunetv2_meddinov3.pretrain.data.store_cli:main",
+    ),
     "weights": Verb(
         "inspect, convert or fetch the weights of a backbone",
         "nnunetv2_meddinov3.models.weights_cli:main",

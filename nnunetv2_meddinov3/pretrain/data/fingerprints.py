@@ -1,0 +1,86 @@
+"""Fingerprints: SHA-256 of slices and source files, and a perceptual hash for near duplicates."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+_GRID = 32  # cells per side of the area average
+_KEPT = 8  # lowest frequencies per side, hence 64 bits
+_BLOCK = 1 << 20  # bytes read at once
+
+# Number of set bits of every 16-bit number: numpy has no popcount before its version 2.
+_POPCOUNT = np.array([bin(number).count("1") for number in range(1 << 16)], dtype=np.uint8)
+
+
+def slice_sha256(image: np.ndarray) -> str:
+    """SHA-256 of one slice: its little-endian int16 values (H, W), row by row."""
+    return hashlib.sha256(np.ascontiguousarray(image, dtype="<i2")).hexdigest()
+
+
+def source_sha256(paths: Sequence[str]) -> str:
+    """SHA-256 of the files of one source, whatever their names and their order.
+
+    One file has its own hash, as ``sha256sum`` prints it; several have the hash of theirs, sorted.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    hashes = sorted(_file_sha256(path) for path in paths)
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _file_sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def perceptual_hash(image: np.ndarray, low: float, high: float) -> str:
+    """64-bit DCT hash of one slice, as 16 hexadecimal digits.
+
+    The slice is clipped to a window, averaged over 32 x 32 equal areas and transformed by a cosine
+    transform. Bit ``8 * row + column`` (the first is the most significant) says whether that one
+    of the 8 x 8 lowest frequencies is above their median, the mean of the slice left out of the
+    median. Resampling, recompression and noise leave most bits as they are, so slices whose hashes
+    differ in few bits look alike; neighbouring slices of one volume often do.
+
+    Args:
+        image: (H, W), any numbers.
+        low: lower end of the window, in the units of the image.
+        high: upper end of the window.
+    """
+    clipped = np.clip(image, low, high).astype(np.float64)
+    rows, columns = (_frequencies(length) for length in clipped.shape)
+    # rounded, so that what is zero but for the order of a summation is zero everywhere
+    spectrum = np.round((rows @ clipped @ columns.T) / (high - low), 6).ravel()
+    bits = spectrum > np.median(spectrum[1:])
+    return np.packbits(bits).tobytes().hex()
+
+
+@lru_cache(maxsize=64)
+def _frequencies(length: int) -> np.ndarray:
+    """Matrix (8, length): area average onto 32 cells, then the 8 lowest cosines (DCT-II)."""
+    edges = np.linspace(0, length, _GRID + 1)
+    pixels = np.arange(length)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    average = np.clip(overlap, 0, None) * (_GRID / length)
+    cells = (np.arange(_GRID) + 0.5) / _GRID
+    cosines = np.cos(np.pi * np.arange(_KEPT)[:, None] * cells)
+    cosines[0] /= np.sqrt(2)  # orthogonal rows of one length, so that the median compares like
+    return cosines @ average
+
+
+def as_numbers(hashes: Iterable[str]) -> np.ndarray:
+    """Perceptual hashes (16 hexadecimal digits) as an array of uint64."""
+    return np.array([int(text, 16) for text in hashes], dtype=np.uint64)
+
+
+def bit_distances(number: np.uint64, others: np.ndarray) -> np.ndarray:
+    """Number of bits (0 to 64) in which one perceptual hash differs from each of others (N,)."""
+    words = np.bitwise_xor(others, number).view(np.uint16).reshape(len(others), 4)
+    return _POPCOUNT[words].sum(axis=1, dtype=np.int64)

@@ -1,0 +1,117 @@
+"""What a store knows of a volume and its slices, and the numbers by which it names them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SliceRecord:
+    """One slice of a stored array.
+
+    Attributes:
+        index: place in the stored array.
+        z: place in the volume the slice was taken from, counted from the caudal end.
+        position_mm: position along z in mm, None where unknown.
+        sha256: of the int16 little-endian values as stored, row by row.
+        phash: perceptual hash, 16 hexadecimal digits.
+        body_fraction: share of pixels inside the body.
+        saturated_fraction: share of pixels at the end of the scanner's range.
+        padding_fraction: share of pixels outside the field of view.
+        hu_min: smallest stored value (HU for CT).
+        hu_max: largest stored value.
+        hu_mean: mean of the stored values.
+        flags: what a reader may want to leave out, such as ``"near_excluded"``.
+    """
+
+    index: int
+    z: int
+    position_mm: float | None
+    sha256: str
+    phash: str
+    body_fraction: float
+    saturated_fraction: float
+    padding_fraction: float
+    hu_min: float
+    hu_max: float
+    hu_mean: float
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class VolumeRecord:
+    """One source that entered a store.
+
+    Attributes:
+        source_key: the source's stable name; a store holds one record per source key.
+        source_sha256: hash of the source's files.
+        dataset: dataset the source belongs to.
+        patient: patient or case within the dataset.
+        modality: ``"CT"``, ``"MR"`` or ``"unknown"``.
+        windowed: True where the values are 8-bit grey levels and not HU.
+        spacing_mm: (z, y, x) of the stored array in mm, None where unknown.
+        orientation: axes of the source before it was brought to LPS.
+        shape: (S, H, W) of the stored array.
+        slices: one record for each slice of the array, in its order.
+        left_out: (z, reason) of the slices that did not enter.
+        intensity: what the values mean where they are not HU, None for CT in HU.
+        notes: remarks of reading.
+        versions: name to version of the tools that made the array.
+        volume_id: name of the array, see ``volume_identity``; filled in by the writer.
+        array_sha256: hash of the compressed array file; filled in by the writer.
+        array_bytes: size of that file; filled in by the writer.
+    """
+
+    source_key: str
+    source_sha256: str
+    dataset: str
+    patient: str
+    modality: str
+    windowed: bool
+    spacing_mm: tuple[float, float, float] | None
+    orientation: str
+    shape: tuple[int, int, int]
+    slices: list[SliceRecord]
+    left_out: list[tuple[int, str]] = field(default_factory=list)
+    intensity: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    volume_id: str = ""
+    array_sha256: str = ""
+    array_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VolumeRecord:
+        """The inverse of ``to_dict``, also after a trip through JSON."""
+        spacing = values["spacing_mm"]
+        return cls(
+            **{
+                **values,
+                "spacing_mm": None if spacing is None else tuple(spacing),
+                "shape": tuple(values["shape"]),
+                "slices": [SliceRecord(**each) for each in values["slices"]],
+                "left_out": [(z, reason) for z, reason in values["left_out"]],
+                "notes": tuple(values["notes"]),
+            }
+        )
+
+
+def volume_identity(slices: np.ndarray) -> str:
+    """The name of an array: 32 hexadecimal digits from its int16 values and its shape.
+
+    Equal arrays have equal names, so copies of a volume share one array file.
+
+    Args:
+        slices: (S, H, W) int16.
+    """
+    digest = hashlib.sha256("x".join(map(str, slices.shape)).encode())
+    digest.update(np.ascontiguousarray(slices, dtype="<i2"))
+    return digest.hexdigest()[:32]
