@@ -1,0 +1,12 @@
+"""The losses of DINOv3-style pretraining and the targets they compare with.
+
+All are computed in fp32 whatever they are given; bf16 loses the small differences they live on.
+"""
+
+from nnunetv2_meddinov3.pretrain.losses.dino import DINOLoss
+from nnunetv2_meddinov3.pretrain.losses.gram import GramLoss
+from nnunetv2_meddinov3.pretrain.losses.ibot import IBOTLoss
+from nnunetv2_meddinov3.pretrain.losses.koleo import KoLeoLoss
+from nnunetv2_meddinov3.pretrain.losses.sinkhorn import sinkhorn_knopp
+
+__all__ = ["DINOLoss", "GramLoss", "IBOTLoss", "KoLeoLoss", "sinkhorn_knopp"]
