@@ -92,7 +92,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Return a Hugging Face config.json beside the weights, if it is a DINOv3 ViT's."""
     with contextlib.suppress(OSError, ValueError):
         config = json.loads(path.read_text())
-        if isinstance(config, dict) and config.get("model_type") == "dinov3_vit":
+        if isinstance(config, dict) and config.get("model_type", "dinov3_vit") == "dinov3_vit":
             return config
     return {}
 

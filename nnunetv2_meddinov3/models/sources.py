@@ -243,7 +243,7 @@ def _ask_hub(
         hub.get_hf_file_metadata(url, timeout=10)
     except Exception as error:  # as in _download
         return False, (
-            f"{value} is not in the hub's cache and {_why_not(error)}: set {VARIABLE} to a local "
+            f"{value} cannot be had: {_why_not(error)}; set {VARIABLE} to a local "
             "file, or fetch it on a machine with a connection (`meddinov3 weights fetch`)"
         )
     return True, f"{value} will be downloaded at the first training"
