@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import blosc2
@@ -26,14 +29,26 @@ def encode(slices: np.ndarray) -> bytes:
         slices: (S, H, W) int16.
     """
     one_slice = (1, *slices.shape[1:])
-    array = blosc2.asarray(
-        np.ascontiguousarray(slices, dtype=np.int16),
-        chunks=one_slice,
-        blocks=one_slice,
-        contiguous=True,
-        cparams=_COMPRESSION,
-    )
-    return array.to_cframe()
+    with _without_variables_of_blosc():
+        array = blosc2.asarray(
+            np.ascontiguousarray(slices, dtype=np.int16),
+            chunks=one_slice,
+            blocks=one_slice,
+            contiguous=True,
+            cparams=_COMPRESSION,
+            dparams={"nthreads": 1},  # stands in the file too, by default that of the machine
+        )
+        return array.to_cframe()
+
+
+@contextmanager
+def _without_variables_of_blosc() -> Iterator[None]:
+    """Hide BLOSC_NTHREADS, BLOSC_CLEVEL and the like, which overrule what is asked for."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name[:6] == "BLOSC_"}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def decode(data: bytes) -> np.ndarray:
