@@ -7,7 +7,6 @@ need neither a variable nor a weights file.
 
 import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +165,9 @@ def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configurati
         )
 
 
-def trained_folds(folder: str) -> Iterator[Path]:
+def trained_folds(folder: str) -> list[Path]:
     """Return the fold folders of a model folder that hold a checkpoint."""
-    return iter(sorted({p.parent for p in Path(folder).glob("fold_*/checkpoint_*.pth")}))
+    return sorted({p.parent for p in Path(folder).glob("fold_*/checkpoint_*.pth")})
 
 
 def saved_architecture(folder: str, configuration: str) -> dict[str, Any] | None:

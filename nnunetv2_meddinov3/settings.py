@@ -3,6 +3,8 @@
 import difflib
 import os
 
+from nnunetv2_meddinov3.errors import UserError
+
 VARIABLES = {
     "MEDDINOV3_WEIGHTS": "pretrained weights: a path, timm:, hf:, torchhub: or none",
     "MEDDINOV3_BACKBONE": "size of the ViT where no weights say it",
@@ -29,8 +31,6 @@ def check_variables() -> None:
     Raises:
         UserError: If there is one.
     """
-    from nnunetv2_meddinov3.errors import UserError
-
     for name in os.environ:
         if name.startswith("MEDDINOV3_") and name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, n=1) or list(VARIABLES)
@@ -50,8 +50,6 @@ def backbone_setting() -> str | None:
     Raises:
         UserError: If it names no size.
     """
-    from nnunetv2_meddinov3.errors import UserError
-
     value = os.environ.get("MEDDINOV3_BACKBONE", "").strip() or None
     if value is not None and value not in SIZE_NAMES:
         raise UserError(
@@ -66,8 +64,6 @@ def count_setting(name: str) -> int | None:
     Raises:
         UserError: If it is not a positive integer.
     """
-    from nnunetv2_meddinov3.errors import UserError
-
     value = os.environ.get(name, "").strip()
     if not value:
         return None
@@ -82,8 +78,6 @@ def checkpointing_setting() -> bool:
     Raises:
         UserError: If it is neither 0 nor 1.
     """
-    from nnunetv2_meddinov3.errors import UserError
-
     value = os.environ.get("MEDDINOV3_CHECKPOINTING", "").strip() or "0"
     if value not in ("0", "1"):
         raise UserError(f"MEDDINOV3_CHECKPOINTING must be 0 or 1, got {value!r}.")

@@ -65,9 +65,9 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
     state: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for shard in shards:
-        tensors, found = _read_file(shard, where if len(shards) == 1 else str(shard))
+        tensors, facts = _read_file(shard, where if len(shards) == 1 else str(shard))
         state.update(tensors)
-        metadata.update(found)
+        metadata.update(facts)
     return Contents(state, metadata, _read_config(shards[0].parent / "config.json"))
 
 

@@ -66,3 +66,11 @@ def _write_series(folder, array, spacing=(2.0, 0.8, 0.8), modality="CT", series=
         writer.SetFileName(str(folder / f"{name:03}.dcm"))
         writer.Execute(image)
     return folder
+
+
+@pytest.fixture
+def source(tmp_path, make_ct, write_image):
+    """A folder of five volumes."""
+    for number in range(5):
+        write_image(tmp_path / "source" / f"v{number}.nii.gz", make_ct(4, 24, seed=number))
+    return tmp_path / "source"

@@ -18,14 +18,6 @@ def contents(store):
     return {path.relative_to(store).as_posix(): path.read_bytes() for path in names}
 
 
-@pytest.fixture
-def source(tmp_path, make_ct, write_image):
-    """A folder of five volumes."""
-    for number in range(5):
-        write_image(tmp_path / "source" / f"v{number}.nii.gz", make_ct(4, 24, seed=number))
-    return tmp_path / "source"
-
-
 @pytest.mark.slow
 def test_two_worker_processes_equal_one(tmp_path, source):
     curate([source], tmp_path / "one")
