@@ -188,13 +188,22 @@ class Backbone(nn.Module):
             )
 
 
-def rotary_embedding(periods: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def rotary_embedding(
+    periods: Tensor,
+    grid_size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    shift: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
     """Return sines and cosines of the patch centres, computed in ``dtype`` as in the original.
 
     Args:
         periods: (head width / 4,).
         grid_size: Patches along height and width.
         dtype: fp32, or bf16, which is what DINOv3's and MedDINOv3's training ran.
+        shift: (2,), added to the coordinates of each axis, which lie in [-1, 1].
+        factor: (2,), by which they are multiplied then.
 
     Returns:
         (P, 2 * head width): all sines, then all cosines.
@@ -204,6 +213,8 @@ def rotary_embedding(periods: Tensor, grid_size: tuple[int, int], dtype: torch.d
         centres = torch.arange(0.5, n, device=periods.device, dtype=dtype) / n
         axes.append(2 * centres - 1)
     coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (P, 2)
+    coords = coords if shift is None else coords + shift
+    coords = coords if factor is None else coords * factor
     angles = 2 * math.pi * coords[:, :, None] / periods.to(dtype)
     angles = angles.flatten(1).tile(2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -14,7 +14,13 @@ class IBOTLoss(nn.Module):
         super().__init__()
         self.student_temp = student_temp
 
-    def forward(self, student_logits: Tensor, teacher_probs: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_probs: Tensor,
+        mask: Tensor,
+        masked: Tensor | None = None,
+    ) -> Tensor:
         """Average within each crop over its masked patches, then over all crops.
 
         Crops without a masked patch count in the last average, as in the original: with half of the
@@ -24,6 +30,8 @@ class IBOTLoss(nn.Module):
             student_logits: (M, K) at the masked patches, in the order of ``mask``.
             teacher_probs: (M, K) at the same patches; no gradient is taken through them.
             mask: (crops, patches), True = masked out.
+            masked: (M,) numbers of the masked patches in the flattened ``mask``; given, nothing is
+                read back from a GPU.
 
         Returns:
             A scalar.
@@ -31,14 +39,14 @@ class IBOTLoss(nn.Module):
         Raises:
             ValueError: If the shapes do not fit.
         """
-        masked = int(mask.sum())
-        if student_logits.shape != teacher_probs.shape or len(student_logits) != masked:
+        masked = mask.flatten().nonzero()[:, 0] if masked is None else masked
+        if student_logits.shape != teacher_probs.shape or len(student_logits) != len(masked):
             raise ValueError(
-                f"student_logits and teacher_probs must be (M, K) for the {masked} masked patches, "
+                f"student_logits and teacher_probs must be (M, K) for {len(masked)} masked patches, "
                 f"got {tuple(student_logits.shape)} and {tuple(teacher_probs.shape)}"
             )
         log_probs = (student_logits.float() / self.student_temp).log_softmax(-1)
         losses = -(teacher_probs.detach().float() * log_probs).sum(-1)  # (M,)
         # (crops, 1) -> (crops, patches) -> (M,)
         weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)
-        return (losses * weight.expand_as(mask)[mask]).sum() / len(mask)
+        return (losses * weight.expand_as(mask).flatten()[masked]).sum() / len(mask)

@@ -1,0 +1,58 @@
+"""The teacher as a file that the trainers load by path, with what one must know to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.build import save_backbone
+from nnunetv2_meddinov3.pretrain.contract import intensity_of
+from nnunetv2_meddinov3.pretrain.facts import versions
+from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.pretrain.starting import Start
+
+_BRANCH = "teacher.backbone."
+
+
+def export_teacher(
+    model: dict[str, torch.Tensor],
+    start: Start,
+    config: StageConfig,
+    path: Path,
+    *,
+    step: int,
+    store: dict[str, Any],
+) -> None:
+    """Write the teacher's backbone of a whole model state (architecture.md, decision 4).
+
+    Args:
+        model: What ``checkpoints.whole_model`` returned.
+        start: What the stage started from: architecture and licence.
+        config: Of the stage: intensity contract, stage.
+        path: The file, replaced if it exists.
+        step: Steps that are done.
+        store: What ``resuming.store_facts`` returned.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    with torch.device("meta"):
+        backbone = Backbone(start.architecture, mask_token=True)
+    own = {k.removeprefix(_BRANCH): v for k, v in model.items() if k.startswith(_BRANCH)}
+    backbone.load_state_dict(own, assign=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_backbone(
+        backbone,
+        path,
+        licence=start.licence,
+        base=start.base,
+        intensity=intensity_of(config),
+        spacing_mm=store["spacing_mm"],
+        stage=config.stage,
+        step=step,
+        store_sha256=store["records_sha256"],
+        versions=versions(),
+    )

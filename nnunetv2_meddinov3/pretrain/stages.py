@@ -1,0 +1,183 @@
+"""The stages of a run in their order: their configs, their folders, what one leaves to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.pretrain.config import available, check_world, load_config, to_yaml
+from nnunetv2_meddinov3.pretrain.export import EXPORT
+from nnunetv2_meddinov3.pretrain.facts import write_run_facts
+from nnunetv2_meddinov3.pretrain.loader import open_store
+from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started
+from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.pretrain.train import Stage
+
+INTERRUPTED = "interrupted"  # a file in the run's folder: saved, and to be started again
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command asks for.
+
+    Attributes:
+        stages: Configs in the order of their stages.
+        out: Folder of the run; stage N writes to ``out/stageN``.
+    """
+
+    stages: tuple[StageConfig, ...]
+    out: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        names: list[str],
+        overrides: list[str],
+        *,
+        stage: str = "all",
+        store: str | None = None,
+        out: Path | None = None,
+        init: str | None = None,
+    ) -> Plan:
+        """Read and check the configs.
+
+        Args:
+            names: A family such as ``vitb16``, names of shipped configs, or YAML files.
+            overrides: ``key=value``, or ``stageN.key=value`` for one stage.
+            stage: ``"1"``, ``"2"``, ``"3"`` or ``"all"``.
+            store: Slice store, over that of the configs.
+            out: Folder of the run.
+            init: Where the first stage starts, over its config.
+
+        Raises:
+            UserError: If a config, a key or a value is wrong, or a stage is there twice or not.
+        """
+        for override in overrides:
+            head, _, rest = override.partition(".")
+            if head.startswith("stage") and rest and head not in ("stage1", "stage2", "stage3"):
+                raise UserError(
+                    f"a change to one stage must begin with stage1., stage2. or stage3., got {override!r}."
+                )
+        if store is not None:
+            overrides = [*overrides, f"data.store={store}"]
+        configs = [_load(name, overrides) for name in _expand(names)]
+        numbers = [config.stage for config in configs]
+        if sorted(set(numbers)) != numbers:
+            raise UserError(
+                f"the configs must be of different stages in their order, got stages {numbers}: give one "
+                "config for each stage."
+            )
+        chosen = [c for c in configs if stage in ("all", str(c.stage))]
+        if not chosen:
+            raise UserError(
+                f"--stage {stage} must be one of the stages of the configs, which are {numbers}."
+            )
+        if init is not None:
+            chosen[0].init.source = init
+        return cls(tuple(chosen), out)
+
+    def folder(self, config: StageConfig) -> Path:
+        """Return where a stage writes."""
+        return (self.out or Path()) / f"stage{config.stage}"
+
+    def previous(self, config: StageConfig) -> Path | None:
+        """Return the folder of the stage before one, None for the first."""
+        return None if config.stage == 1 else (self.out or Path()) / f"stage{config.stage - 1}"
+
+
+def run(plan: Plan, stream: TextIO) -> int:
+    """Run every stage of a plan that is not finished yet.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: If a stage cannot start or go on.
+    """
+    with started(plan.stages[0].engine) as runtime, Stop() as stop:
+        for config in plan.stages:  # all before the first starts: a mistake must not cost a stage
+            check_world(config, runtime.world_size)
+            open_store(config)
+        _check_chain(plan)
+        marker = plan.out / INTERRUPTED
+        if runtime.is_main:
+            plan.out.mkdir(parents=True, exist_ok=True)
+            marker.unlink(missing_ok=True)
+        for config in plan.stages:
+            folder = plan.folder(config)
+            if (folder / EXPORT).is_file():
+                _say(runtime, stream, f"stage {config.stage} is finished: {folder / EXPORT}")
+                continue
+            stage = Stage(config, folder, runtime, previous=plan.previous(config), stream=stream)
+            if runtime.is_main:
+                write_run_facts(folder, to_yaml(config), runtime)
+            if not stage.run(stop):
+                if runtime.is_main:
+                    marker.touch()
+                _say(runtime, stream, f"stopped by a signal; the same command goes on from {folder}")
+                return 128 + (stop.number or 15)
+    return 0
+
+
+def _check_chain(plan: Plan) -> None:
+    """Refuse a stage whose predecessor neither exists nor runs before it.
+
+    Raises:
+        UserError: If the previous stage is missing.
+    """
+    running = {config.stage for config in plan.stages}
+    for config in plan.stages:
+        gram = config.losses.gram.teacher if config.losses.gram.weight else ""
+        wants = config.init.source == "previous" or gram == "retained" or gram.startswith("previous")
+        before = plan.previous(config)
+        if wants and before is None:
+            raise UserError("stage 1 has no previous stage: set init.source to none or to weights.")
+        if wants and config.stage - 1 not in running and not (before / EXPORT).is_file():
+            raise UserError(
+                f"stage {config.stage} starts from stage {config.stage - 1}, but {before} holds no "
+                f"{EXPORT}: run that stage first (--stage all runs them in order), or give --init."
+            )
+        if gram.startswith("previous@") and config.stage - 1 in running:
+            step = int(gram.partition("@")[2])
+            source = next(c for c in plan.stages if c.stage == config.stage - 1)
+            if step not in source.engine.export_at or step > source.optim.steps:
+                raise UserError(
+                    f"losses.gram.teacher={gram} needs the teacher of stage {source.stage} at step {step}, "
+                    f"but that stage exports at {list(source.engine.export_at)} of {source.optim.steps} "
+                    f"steps: set stage{source.stage}.engine.export_at=[{step}]."
+                )
+
+
+def _expand(names: list[str]) -> list[str]:
+    """Replace a family by the names of its stages."""
+    if not names:
+        raise UserError(f"pretraining needs a config: give one of {', '.join(families())}, or a YAML.")
+    shipped = available()
+    out: list[str] = []
+    for name in names:
+        family = [other for other in shipped if other.startswith(f"{name}_stage")]
+        out += family or [name]
+    return out
+
+
+def families() -> list[str]:
+    """Return the families of shipped configs, such as ``vitb16``."""
+    return sorted({name.partition("_stage")[0] for name in available()})
+
+
+def _load(name: str, overrides: list[str]) -> StageConfig:
+    own = load_config(name).stage
+    mine = [
+        o.removeprefix(f"stage{own}.")
+        for o in overrides
+        if o.startswith(f"stage{own}.") or not o.startswith(("stage1.", "stage2.", "stage3."))
+    ]
+    return load_config(name, mine)
+
+
+def _say(runtime: Runtime, stream: TextIO, line: str) -> None:
+    if runtime.is_main:
+        stream.write(f"{line}\n")
+        stream.flush()

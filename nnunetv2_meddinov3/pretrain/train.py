@@ -1,0 +1,287 @@
+"""One stage: the loop from its start, or from its last checkpoint, to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.pretrain import checkpoints, parallel
+from nnunetv2_meddinov3.pretrain.batch import ViewBatch
+from nnunetv2_meddinov3.pretrain.config import effective_lr_factor, to_yaml
+from nnunetv2_meddinov3.pretrain.export import EXPORT, export_path, export_teacher
+from nnunetv2_meddinov3.pretrain.initialise import load_start
+from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store
+from nnunetv2_meddinov3.pretrain.observing import Observer
+from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
+from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
+from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
+from nnunetv2_meddinov3.pretrain.schedules import value_at
+from nnunetv2_meddinov3.pretrain.schema import StageConfig
+
+BAD_STEPS = "bad_steps"
+GRADIENTS = ("backbone", "dino_head", "ibot_head")
+
+
+class Rates(NamedTuple):
+    """What the schedules say for one step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+    local_weight: float
+    gram_weight: float
+
+
+def rates_at(config: StageConfig, step: int) -> Rates:
+    """Return the value of every schedule at a step, learning rates scaled to the batch."""
+    optim, losses, total = config.optim, config.losses, config.optim.steps
+    lr = value_at(optim.lr, step, total) * effective_lr_factor(config)
+    return Rates(
+        lr=lr,
+        last_layer_lr=0.0 if step < optim.freeze_last_layer_steps else lr,
+        weight_decay=value_at(optim.weight_decay, step, total),
+        momentum=value_at(optim.momentum, step, total),
+        teacher_temp=value_at(losses.teacher_temp, step, total),
+        local_weight=value_at(losses.local_weight, step, total),
+        gram_weight=value_at(losses.gram.weight, step, total) if losses.gram.weight else 0.0,
+    )
+
+
+class Stage:
+    """A stage that can be run, stopped at any step, and run again from its last checkpoint.
+
+    Args:
+        config: What to do; checked.
+        folder: Where the stage writes.
+        runtime: This process.
+        previous: Folder of the stage before, where the start or the Gram teacher need it.
+        stream: Where the main process says how far it is.
+
+    Raises:
+        UserError: If the store, the starting weights or the checkpoint do not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        folder: Path,
+        runtime: Runtime,
+        *,
+        previous: Path | None,
+        stream: TextIO,
+    ) -> None:
+        self.config, self.folder, self.runtime = config, folder, runtime
+        self.checkpoints = checkpoints.CheckpointFolder(folder / "checkpoints")
+        store, rows = open_store(config)
+        self.store = store_facts(store, rows)
+        latest = self.checkpoints.latest()
+        state = None if latest is None else checkpoints.read_state(latest)
+        if state is not None:
+            check_same_run(state, config, self.store, latest, runtime)
+        self.start = load_start(config, previous, state)
+        self.distillation = self.start.distillation.to(runtime.device)
+        self.parallel = parallel.wrap(self.distillation, config.engine, runtime)
+        self.optimizer = build_optimizer(
+            self.distillation.student, config.optim, runtime.device
+        )
+        self.step, self.refreshes, self.bad_in_a_row = 0, 0, 0
+        if state is not None:
+            self._resume(Resumed.of(state, runtime))
+        elif self.start.optimizer is not None:
+            checkpoints.load_optimizer(self.distillation, self.optimizer, self.start.optimizer)
+        self.loader = SliceLoader(
+            store, rows, config, runtime.rank, runtime.world_size, runtime.device
+        )
+        self.observer = Observer(config, folder, runtime, self.distillation, stream, self.step)
+        if state is not None:
+            self.observer.load_state_dict(state["observer"])
+
+    def run(self, stop: Stop) -> bool:
+        """Train until the stage is finished or a signal came.
+
+        Returns:
+            Whether it is finished; if not, a checkpoint of the last step was saved.
+
+        Raises:
+            UserError: If losses or gradients are not finite again and again, or something cannot
+                be read or written.
+        """
+        steps, engine = self.config.optim.steps, self.config.engine
+        batches = self.loader.iterate(self.step)
+        try:
+            while self.step < steps:
+                self.observer.before_step(self.step)
+                micro_batches = next(batches)
+                self.observer.data_arrived()
+                stopped = self._one_step(micro_batches, stop)
+                self.step += 1
+                at_end = self.step == steps
+                if stopped or at_end or self.step % engine.save_every == 0:
+                    self.save()
+                if self.step in engine.export_at:
+                    self.export(export_path(self.folder, self.step))
+                self.observer.after_step(self.step)
+                if stopped and not at_end:
+                    return False
+        finally:
+            batches.close()
+            self.loader.close()
+            self.observer.close()
+        self.export(self.folder / EXPORT)
+        self.observer.finish(self.step)
+        return True
+
+    def _one_step(self, batches: Sequence[ViewBatch], stop: Stop) -> bool:
+        """Forward, backward, update; returns whether any rank was told to stop."""
+        rates = rates_at(self.config, self.step)
+        self._apply(rates)
+        losses = self._backward(batches)
+        norms = clip_gradients(self.distillation.student, self.config.optim.clip_grad)
+        finite = torch.isfinite(torch.stack([losses["total"], *norms.values()])).all()
+        # one exchange and one look at the device per step
+        signs = torch.stack([~finite, torch.tensor(stop.number is not None).to(finite.device)])
+        is_bad, stopped = self.runtime.reduce(signs.int(), "MAX").tolist()
+        if is_bad:
+            self._skip(batches, losses)
+        else:
+            self.bad_in_a_row = 0
+            self.optimizer.step()
+            self.distillation.update_teacher(rates.momentum)
+            self._refresh_gram_teacher()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.observer.stepped(self.step, rates, losses, norms, batches, skipped=bool(is_bad))
+        return bool(stopped)
+
+    def _apply(self, rates: Rates) -> None:
+        set_rates(self.optimizer, rates.lr, rates.weight_decay, rates.last_layer_lr)
+        self.distillation.teacher_temp = rates.teacher_temp
+        self.distillation.local_weight = rates.local_weight
+        self.distillation.gram_weight = rates.gram_weight
+
+    def _backward(self, batches: Sequence[ViewBatch]) -> dict[str, Tensor]:
+        """Accumulate the gradients of all micro-batches; returns the mean of each loss."""
+        with self.parallel.autocast():
+            targets = self.distillation.targets(batches)
+        sums: dict[str, Tensor] = {}
+        for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+            with self.parallel.accumulating(is_last=i == len(batches) - 1):
+                with self.parallel.autocast():
+                    losses = self.distillation.losses(batch, target, self._generator(i))
+                (losses["total"] / len(batches)).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach() / len(batches)
+        return sums
+
+    def _generator(self, micro_batch: int) -> torch.Generator:
+        """Draw drop path and RoPE augmentation from the step's place alone, so a resume is exact."""
+        key = (self.config.optim.seed, self.step, self.runtime.rank, micro_batch)
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+    def _refresh_gram_teacher(self) -> None:
+        gram, done = self.config.losses.gram, self.step + 1
+        if (
+            gram.weight is not None
+            and gram.refresh_every
+            and done >= gram.refresh_from
+            and done % gram.refresh_every == 0
+            and (gram.max_refreshes is None or self.refreshes < gram.max_refreshes)
+        ):
+            self.distillation.refresh_gram_teacher()
+            self.refreshes += 1
+
+    def _skip(self, batches: Sequence[ViewBatch], losses: dict[str, Tensor]) -> None:
+        """Leave weights and teacher as they are; after too many such steps, keep the batch and end.
+
+        Raises:
+            UserError: If too many steps in a row were not finite.
+        """
+        self.bad_in_a_row += 1
+        values = {name: value.item() for name, value in losses.items()}
+        self.observer.say(
+            f"step {self.step}: losses or gradients are not finite on some rank ({values}); skipped"
+        )
+        if self.bad_in_a_row < self.config.engine.max_bad_steps:
+            return
+        path = self.folder / BAD_STEPS / f"step_{self.step:07d}_rank{self.runtime.rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = ("global_crops", "local_crops", "masks", "gram_crops")
+        views = [{f: getattr(b, f) for f in fields if getattr(b, f) is not None} for b in batches]
+        torch.save({"step": self.step, "losses": values, "micro_batches": views}, path)
+        self.runtime.barrier()
+        raise UserError(
+            f"losses and gradients must be finite numbers, but {self.bad_in_a_row} steps in a row up "
+            f"to step {self.step} were not: the last batch is in {path.parent}; lower optim.lr, or look "
+            "for slices with absurd values (`meddinov3 store verify`). Weights and checkpoints are as "
+            "they were before."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a resume needs; every rank must call this."""
+        rng = self.runtime.gather(torch.get_rng_state())
+        return {
+            "format": checkpoints.FORMAT,
+            "stage": self.config.stage,
+            "step": self.step,
+            "config": to_yaml(self.config),
+            "architecture": self.start.architecture.to_dict(),
+            "licence": self.start.licence,
+            "base": self.start.base,
+            "store": self.store,
+            "model": checkpoints.whole_model(self.distillation),
+            "optimizer": checkpoints.whole_optimizer(self.distillation, self.optimizer),
+            "sampler": {
+                "seed": self.config.optim.seed,
+                "next_step": self.step,
+                "batch_size": self.config.optim.batch_size,
+            },
+            "rates": rates_at(self.config, min(self.step, self.config.optim.steps - 1))._asdict(),
+            "gram_refreshes": self.refreshes,
+            "bad_in_a_row": self.bad_in_a_row,
+            "world_size": self.runtime.world_size,
+            "rng": rng,
+            "observer": self.observer.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far and delete those that need not stay.
+
+        Raises:
+            UserError: If it cannot be written; the ones before are as they were.
+        """
+        state = self.state()
+        if self.runtime.is_main:
+            engine = self.config.engine
+            self.checkpoints.save(self.step, state, {"config.yaml": to_yaml(self.config)})
+            self.checkpoints.prune(engine.keep_last, engine.keep_every)
+        self.runtime.barrier()
+
+    def export(self, path: Path) -> None:
+        """Write the teacher as it is now for the trainers; every rank must call this.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        model = checkpoints.whole_model(self.distillation)
+        if self.runtime.is_main:
+            export_teacher(
+                model, self.start, self.config, path, step=self.step, store=self.store
+            )
+        self.runtime.barrier()
+
+    def _resume(self, resumed: Resumed) -> None:
+        checkpoints.load_model(self.distillation, resumed.model)
+        checkpoints.load_optimizer(self.distillation, self.optimizer, resumed.optimizer)
+        self.step, self.refreshes = resumed.step, resumed.refreshes
+        self.bad_in_a_row = resumed.bad_in_a_row
+        if resumed.rng is not None:
+            torch.set_rng_state(resumed.rng)
