@@ -50,6 +50,10 @@ VERBS = {
         "verify, merge, split or export a store of slices",
         "nnunetv2_meddinov3.pretrain.data.store_cli:main",
     ),
+    "pretrain": Verb(
+        "adapt a ViT to the slices of a store, in three resumable stages",
+        "nnunetv2_meddinov3.pretrain.pretrain_cli:main",
+    ),
     "weights": Verb(
         "inspect, convert or fetch the weights of a backbone",
         "nnunetv2_meddinov3.models.weights_cli:main",

@@ -72,7 +72,7 @@ class PackedBlock(EvaBlock):
 
 def _rotate(x: Tensor, embedding: Tensor, prefix: int) -> Tensor:
     """Rotate the patch tokens of (b, heads, N, d): element i pairs with i + d/2."""
-    sin, cos = embedding.to(x.dtype if x.dtype == torch.bfloat16 else embedding.dtype).chunk(2, -1)
+    sin, cos = embedding.chunk(2, -1)
     patches = x[:, :, prefix:]
     first, second = patches.chunk(2, -1)
     rotated = patches * cos + torch.cat((-second, first), -1) * sin

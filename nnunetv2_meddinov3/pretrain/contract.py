@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.data.store import SliceStore
@@ -73,7 +72,7 @@ def check_store(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Non
             "(`meddinov3 curate`); its report.html says what was left out and why."
         )
     table = store.rows.select(["volume_id", "modality", "windowed"]).take(rows)
-    volumes = pc.count_distinct(table["volume_id"]).as_py()
+    volumes = len(table["volume_id"].unique())
     if volumes < 2:
         raise UserError(
             f"pretraining compares slices of different volumes, but {store.path} holds a single "

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.batch import ViewBatch
-from nnunetv2_meddinov3.pretrain.encoder import Student, encode, pack_blocks
+from nnunetv2_meddinov3.pretrain.encoder import GramTeacher, Student
 from nnunetv2_meddinov3.pretrain.losses import (
     DINOLoss,
     GramLoss,
@@ -75,11 +75,11 @@ class Distillation(nn.Module):
         student: Student,
         teacher: Student,
         gram_teacher: Backbone | None = None,
-        options: LossOptions = LossOptions(),  # noqa: B008 (frozen)
+        options: LossOptions = LossOptions(),
     ) -> None:
         super().__init__()
         self.student, self.teacher, self.options = student, teacher, options
-        self.gram_teacher = None if gram_teacher is None else pack_blocks(gram_teacher)
+        self.gram_teacher = None if gram_teacher is None else GramTeacher(gram_teacher)
         for frozen in (teacher, gram_teacher):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -201,8 +201,8 @@ class Distillation(nn.Module):
         if self.gram_teacher is None or batch.gram_crops is None:
             raise ValueError("Gram anchoring needs a Gram teacher and Gram crops, got one without")
         with torch.no_grad():
-            tokens = encode(self.gram_teacher, [batch.gram_crops])[0].patches
-            patch = self.gram_teacher.patch_size
+            tokens = self.gram_teacher(batch.gram_crops)
+            patch = self.gram_teacher.backbone.patch_size
             tokens = resize_tokens(
                 tokens,
                 tuple(side // patch for side in batch.gram_crops.shape[-2:]),
@@ -221,7 +221,7 @@ class Distillation(nn.Module):
     def refresh_gram_teacher(self) -> None:
         """Copy the teacher's backbone into the Gram teacher."""
         if self.gram_teacher is not None:
-            ours = [_local(t) for t in _tensors(self.gram_teacher)]
+            ours = [_local(t) for t in _tensors(self.gram_teacher.backbone)]
             torch._foreach_copy_(ours, [_local(t) for t in _tensors(self.teacher.backbone)])
 
 

@@ -87,7 +87,7 @@ class Student(nn.Module):
         backbone: Backbone,
         dino_head: ProjectionHead,
         ibot_head: ProjectionHead,
-        noise: Noise = Noise(),  # noqa: B008 (frozen)
+        noise: Noise = Noise(),
     ) -> None:
         super().__init__()
         if backbone.mask_token is None:
@@ -134,7 +134,21 @@ class Student(nn.Module):
         generator: torch.Generator | None = None,
     ) -> list[Tokens]:
         """Return the normed tokens of several groups of crops, one pass for all."""
-        return encode(self.backbone, groups, masks, self.noise if self.training else None, generator)
+        return encode(
+            self.backbone, groups, masks, self.noise if self.training else None, generator
+        )
+
+
+class GramTeacher(nn.Module):
+    """A backbone that gives patch tokens; a module of its own, so that FSDP2 can shard it."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = pack_blocks(backbone)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Return the normed patch tokens (B, P, D) of crops (B, C, H, W)."""
+        return encode(self.backbone, [crops])[0].patches
 
 
 def encode(

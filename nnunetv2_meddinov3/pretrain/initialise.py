@@ -54,7 +54,10 @@ def head_of(tensors: dict[str, Tensor], where: str) -> ProjectionHead:
 
 
 def read_student(
-    path: Path | str, branch: str, noise: Noise = Noise(), **overrides: Any  # noqa: B008 (frozen)
+    path: Path | str,
+    branch: str,
+    noise: Noise = Noise(),
+    **overrides: Any,
 ) -> Student:
     """Read one branch of a training checkpoint, with its heads.
 
@@ -71,11 +74,11 @@ def read_student(
     backbone = backbone_from(read_checkpoint(path, branch=branch, **overrides))
     if backbone.mask_token is None:
         backbone.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
-    tensors = read_files(path).tensors
+    tensors = {k.removeprefix("model."): t for k, t in read_files(path).tensors.items()}
     heads = []
     for name in _HEADS:
         mark = f"{branch}.{name}."
-        own = {k.partition(mark)[2]: t for k, t in tensors.items() if mark in f".{k}"}
+        own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
         if not own:
             raise UserError(
                 f"{path} must hold the heads of its {branch}, but {name} is missing: give it as "

@@ -76,9 +76,7 @@ def _decay(name: str) -> float:
 
 def parameter_groups(student: Student, config: Optim) -> list[dict[str, Any]]:
     """Return groups for AdamW, parameters of equal multipliers together."""
-    rows = backbone_rows(
-        student.backbone, config.layerwise_decay, config.patch_embed_lr_multiplier
-    )
+    rows = backbone_rows(student.backbone, config.layerwise_decay, config.patch_embed_lr_multiplier)
     rows += head_rows(student.dino_head) + head_rows(student.ibot_head)
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for row in rows:

@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         UserError: A mistake in the command or the config, before anything is written, or something
             that cannot be read or written.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
     # Imported here because `--help` need not wait for torch.
-    from nnunetv2_meddinov3.pretrain.stages import Plan, dry_run, run
+    from nnunetv2_meddinov3.pretrain.stages import Plan, run
 
     plan = Plan.of(
         names,
@@ -89,5 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where the first of them starts: none, a path, timm:NAME, hf:OWNER/REPO/FILE, a stage's "
         "folder. Default: as the config says",
     )
-    add("--dry-run", action="store_true", help="print sizes, memory and time, make one step, write nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print sizes, memory and time, make one step, write nothing",
+    )
     return parser

@@ -8,14 +8,12 @@ from typing import TextIO
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import available, check_world, load_config, to_yaml
-from nnunetv2_meddinov3.pretrain.export import EXPORT
 from nnunetv2_meddinov3.pretrain.facts import write_run_facts
+from nnunetv2_meddinov3.pretrain.folders import EXPORT, INTERRUPTED
 from nnunetv2_meddinov3.pretrain.loader import open_store
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.train import Stage
-
-INTERRUPTED = "interrupted"  # a file in the run's folder: saved, and to be started again
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,9 @@ def run(plan: Plan, stream: TextIO) -> int:
             if not stage.run(stop):
                 if runtime.is_main:
                     marker.touch()
-                _say(runtime, stream, f"stopped by a signal; the same command goes on from {folder}")
+                _say(
+                    runtime, stream, f"stopped by a signal; the same command goes on from {folder}"
+                )
                 return 128 + (stop.number or 15)
     return 0
 
@@ -130,7 +130,9 @@ def _check_chain(plan: Plan) -> None:
     running = {config.stage for config in plan.stages}
     for config in plan.stages:
         gram = config.losses.gram.teacher if config.losses.gram.weight else ""
-        wants = config.init.source == "previous" or gram == "retained" or gram.startswith("previous")
+        wants = (
+            config.init.source == "previous" or gram == "retained" or gram.startswith("previous")
+        )
         before = plan.previous(config)
         if wants and before is None:
             raise UserError("stage 1 has no previous stage: set init.source to none or to weights.")
@@ -153,7 +155,9 @@ def _check_chain(plan: Plan) -> None:
 def _expand(names: list[str]) -> list[str]:
     """Replace a family by the names of its stages."""
     if not names:
-        raise UserError(f"pretraining needs a config: give one of {', '.join(families())}, or a YAML.")
+        raise UserError(
+            f"pretraining needs a config: give one of {', '.join(families())}, or a YAML."
+        )
     shipped = available()
     out: list[str] = []
     for name in names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -12,21 +11,21 @@ import torch
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain import checkpoints, parallel
+from nnunetv2_meddinov3.pretrain import checkpoints
 from nnunetv2_meddinov3.pretrain.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.config import effective_lr_factor, to_yaml
-from nnunetv2_meddinov3.pretrain.export import EXPORT, export_path, export_teacher
-from nnunetv2_meddinov3.pretrain.initialise import load_start
+from nnunetv2_meddinov3.pretrain.contract import intensity_of
+from nnunetv2_meddinov3.pretrain.export import export_teacher
+from nnunetv2_meddinov3.pretrain.folders import BAD_STEPS, CHECKPOINTS, EXPORT, export_path
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store
 from nnunetv2_meddinov3.pretrain.observing import Observer
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
+from nnunetv2_meddinov3.pretrain.parallel import Parallel
 from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
 from nnunetv2_meddinov3.pretrain.schedules import value_at
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
-
-BAD_STEPS = "bad_steps"
-GRADIENTS = ("backbone", "dino_head", "ibot_head")
+from nnunetv2_meddinov3.pretrain.starting import load_start
 
 
 class Rates(NamedTuple):
@@ -80,7 +79,7 @@ class Stage:
         stream: TextIO,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
-        self.checkpoints = checkpoints.CheckpointFolder(folder / "checkpoints")
+        self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)
         store, rows = open_store(config)
         self.store = store_facts(store, rows)
         latest = self.checkpoints.latest()
@@ -89,10 +88,8 @@ class Stage:
             check_same_run(state, config, self.store, latest, runtime)
         self.start = load_start(config, previous, state)
         self.distillation = self.start.distillation.to(runtime.device)
-        self.parallel = parallel.wrap(self.distillation, config.engine, runtime)
-        self.optimizer = build_optimizer(
-            self.distillation.student, config.optim, runtime.device
-        )
+        self.parallel = Parallel(self.distillation, config.engine, runtime)
+        self.optimizer = build_optimizer(self.distillation.student, config.optim, runtime.device)
         self.step, self.refreshes, self.bad_in_a_row = 0, 0, 0
         if state is not None:
             self._resume(Resumed.of(state, runtime))
@@ -102,8 +99,6 @@ class Stage:
             store, rows, config, runtime.rank, runtime.world_size, runtime.device
         )
         self.observer = Observer(config, folder, runtime, self.distillation, stream, self.step)
-        if state is not None:
-            self.observer.load_state_dict(state["observer"])
 
     def run(self, stop: Stop) -> bool:
         """Train until the stage is finished or a signal came.
@@ -119,7 +114,7 @@ class Stage:
         batches = self.loader.iterate(self.step)
         try:
             while self.step < steps:
-                self.observer.before_step(self.step)
+                self.observer.before_step()
                 micro_batches = next(batches)
                 self.observer.data_arrived()
                 stopped = self._one_step(micro_batches, stop)
@@ -129,15 +124,12 @@ class Stage:
                     self.save()
                 if self.step in engine.export_at:
                     self.export(export_path(self.folder, self.step))
-                self.observer.after_step(self.step)
                 if stopped and not at_end:
                     return False
         finally:
             batches.close()
-            self.loader.close()
             self.observer.close()
         self.export(self.folder / EXPORT)
-        self.observer.finish(self.step)
         return True
 
     def _one_step(self, batches: Sequence[ViewBatch], stop: Stop) -> bool:
@@ -158,7 +150,7 @@ class Stage:
             self.distillation.update_teacher(rates.momentum)
             self._refresh_gram_teacher()
         self.optimizer.zero_grad(set_to_none=True)
-        self.observer.stepped(self.step, rates, losses, norms, batches, skipped=bool(is_bad))
+        self.observer.stepped(self.step, rates, losses, norms, skipped=bool(is_bad))
         return bool(stopped)
 
     def _apply(self, rates: Rates) -> None:
@@ -236,6 +228,7 @@ class Stage:
             "architecture": self.start.architecture.to_dict(),
             "licence": self.start.licence,
             "base": self.start.base,
+            "intensity": intensity_of(self.config),
             "store": self.store,
             "model": checkpoints.whole_model(self.distillation),
             "optimizer": checkpoints.whole_optimizer(self.distillation, self.optimizer),
@@ -249,7 +242,6 @@ class Stage:
             "bad_in_a_row": self.bad_in_a_row,
             "world_size": self.runtime.world_size,
             "rng": rng,
-            "observer": self.observer.state_dict(),
         }
 
     def save(self) -> None:
@@ -273,9 +265,7 @@ class Stage:
         """
         model = checkpoints.whole_model(self.distillation)
         if self.runtime.is_main:
-            export_teacher(
-                model, self.start, self.config, path, step=self.step, store=self.store
-            )
+            export_teacher(model, self.start, self.config, path, step=self.step, store=self.store)
         self.runtime.barrier()
 
     def _resume(self, resumed: Resumed) -> None:

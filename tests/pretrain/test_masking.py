@@ -9,7 +9,8 @@ def draw(crops, grid, seed=0, probability=0.5, ratio=(0.1, 0.5)):
 
 
 @pytest.mark.parametrize(
-    ("images", "patches", "total"), [(16, 256, 1274), (64, 256, 4941), (64, 196, 3771), (4, 196, 273)]
+    ("images", "patches", "total"),
+    [(16, 256, 1274), (64, 256, 4941), (64, 196, 3771), (4, 196, 273)],
 )
 def test_the_number_of_masked_patches_is_the_originals(images, patches, total):
     counts = masked_counts(2 * images, patches, 0.5, (0.1, 0.5))

@@ -51,7 +51,10 @@ def test_vit_b_has_the_multipliers_of_the_published_recipe():
     assert rows["blocks.0.attn.qkv.weight"] == pytest.approx(0.28243, abs=1e-5)
     assert rows["blocks.11.mlp.fc2.bias"] == pytest.approx(0.9)
     assert rows["norm.weight"] == 1
-    groups = {(row.lr_multiplier, row.weight_decay_multiplier) for row in backbone_rows(backbone, 0.9, 0.2)}
+    groups = {
+        (row.lr_multiplier, row.weight_decay_multiplier)
+        for row in backbone_rows(backbone, 0.9, 0.2)
+    }
     assert len(groups) == 28
 
 
