@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -93,4 +94,8 @@ def _shard(distillation: Distillation, runtime: Runtime) -> None:
         for head in ("dino_head", "ibot_head"):
             if hasattr(network, head):
                 fully_shard(getattr(network, head), mesh=mesh, mp_policy=policy)
-        fully_shard(network, mesh=mesh, mp_policy=policy)
+        # without a backward pass nothing else would give the teachers' shards back
+        reshard = network is not distillation.student
+        fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # tokens are views of one tensor; nothing changes them in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")

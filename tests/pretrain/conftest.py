@@ -74,3 +74,42 @@ def source(tmp_path, make_ct, write_image):
     for number in range(5):
         write_image(tmp_path / "source" / f"v{number}.nii.gz", make_ct(4, 24, seed=number))
     return tmp_path / "source"
+
+
+@pytest.fixture(scope="session")
+def ct_store(tmp_path_factory):
+    """A store of four synthetic CT volumes of six slices each."""
+    from nnunetv2_meddinov3.pretrain.data.curate import curate
+
+    folder = tmp_path_factory.mktemp("volumes")
+    for i in range(4):
+        _write_image(folder / f"patient{i}.nii.gz", _make_ct(6, 64, seed=i))
+    store = tmp_path_factory.mktemp("store") / "ct"
+    curate([folder], store)
+    return store
+
+
+# what makes a stage small enough for a test
+_SMALL = [
+    "crops.resolutions.0.global_size=48",
+    "crops.resolutions.0.local_size=32",
+    "crops.local_crops=2",
+    "heads.dino={prototypes: 32, hidden_dim: 24, bottleneck_dim: 16, layers: 3}",
+    "heads.ibot={prototypes: 24, hidden_dim: 24, bottleneck_dim: 16, layers: 2}",
+    "optim.batch_size=8",
+    "losses.koleo_group=4",
+    "losses.teacher_temp.warmup_steps=0",
+    "optim.lr.warmup_steps=0",
+    "model.drop_path=0.3",
+    "data.workers=0",
+    "engine.device=cpu",
+    "engine.log_every=1",
+    "engine.health_every=2",
+    "engine.export_at=[]",
+]
+
+
+@pytest.fixture(scope="session")
+def small_stage(ct_store):
+    """A function that gives the small overrides of a stage on the small store, and more."""
+    return lambda *more: [*_SMALL, f"data.store={ct_store}", *more]

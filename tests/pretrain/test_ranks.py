@@ -1,0 +1,65 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(world_size, way, micro_batches, out):
+    """Run a step on some processes and return what rank 0 saw."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+    }
+    command = [sys.executable, str(SCRIPT), way, str(micro_batches), str(out)]
+    processes = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(world_size)
+    ]
+    errors = [p.communicate(timeout=300)[1].decode() for p in processes]
+    assert [p.returncode for p in processes] == [0] * world_size, "\n".join(errors)
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return run(1, "ddp", 1, tmp_path_factory.mktemp("one") / "one.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "way", "micro_batches"),
+    [(1, "ddp", 2), (2, "ddp", 1), (2, "ddp", 2), (2, "fsdp2", 1), (2, "fsdp2", 2)],
+)
+def test_ranks_and_micro_batches_change_neither_losses_nor_gradients_nor_weights(
+    one_process, tmp_path, world_size, way, micro_batches
+):
+    other = run(world_size, way, micro_batches, tmp_path / "other.pt")
+    assert set(other["losses"]) == {"dino_local", "dino_global", "koleo", "ibot", "gram", "total"}
+    for kind in ("losses", "norms"):
+        for name, value in one_process[kind].items():
+            assert other[kind][name].item() == pytest.approx(value.item(), rel=1e-5), name
+    assert set(other["gradients"]) == set(one_process["gradients"])
+    for name, gradient in one_process["gradients"].items():
+        error = (other["gradients"][name] - gradient).abs().max()
+        assert error <= 1e-5 * max(gradient.abs().max(), 1e-3), name
+    assert set(other["state"]) == set(one_process["state"])
+    for name, tensor in one_process["state"].items():
+        if name.startswith("teacher."):
+            torch.testing.assert_close(other["state"][name], tensor, rtol=0, atol=2.5e-4)
