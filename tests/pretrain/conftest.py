@@ -1,8 +1,20 @@
 """Small synthetic volumes, and functions that write them as one file or as a DICOM series."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
+# tests are not a package, so what several of them share is loaded by its path
+_spec = importlib.util.spec_from_file_location(
+    "pretrain_recorded", Path(__file__).with_name("recorded.py")
+)
+_recorded = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _recorded
+_spec.loader.exec_module(_recorded)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ def stop_at(stage, step):
         original(momentum)
         if stage.step == step - 2:
             stop.number = signal.SIGTERM  # seen by the step after
+
     stage.distillation.update_teacher = update
     return stop
 
