@@ -54,6 +54,10 @@ VERBS = {
         "adapt a ViT to the slices of a store, in three resumable stages",
         "nnunetv2_meddinov3.pretrain.pretrain_cli:main",
     ),
+    "probe": Verb(
+        "measure frozen features on labelled slices: k-NN, linear, linear segmentation",
+        "nnunetv2_meddinov3.pretrain.probe.probe_cli:main",
+    ),
     "weights": Verb(
         "inspect, convert or fetch the weights of a backbone",
         "nnunetv2_meddinov3.models.weights_cli:main",

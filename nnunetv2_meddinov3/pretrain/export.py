@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import save_backbone
 from nnunetv2_meddinov3.pretrain.contract import intensity_of
@@ -15,6 +16,18 @@ from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.starting import Start
 
 _BRANCH = "teacher.backbone."
+
+
+def teacher_of(model: dict[str, torch.Tensor], architecture: Architecture) -> Backbone:
+    """Return the teacher's backbone of what ``checkpoints.whole_model`` returned."""
+    with torch.device("meta"):
+        backbone = Backbone(architecture, mask_token=True)
+    own = {k.removeprefix(_BRANCH): v for k, v in model.items() if k.startswith(_BRANCH)}
+    backbone.load_state_dict(own, assign=True)
+    for block in backbone.vit.blocks:
+        if block.attn.q_bias is not None:  # timm's constant zero, which no state holds
+            block.attn.k_bias = torch.zeros(architecture.embed_dim)
+    return backbone
 
 
 def export_teacher(
@@ -39,10 +52,7 @@ def export_teacher(
     Raises:
         UserError: If it cannot be written.
     """
-    with torch.device("meta"):
-        backbone = Backbone(start.architecture, mask_token=True)
-    own = {k.removeprefix(_BRANCH): v for k, v in model.items() if k.startswith(_BRANCH)}
-    backbone.load_state_dict(own, assign=True)
+    backbone = teacher_of(model, start.architecture)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_backbone(
         backbone,

@@ -8,6 +8,9 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 RUN_FACTS = "run.json"
 BAD_STEPS = "bad_steps"
+HEALTH = "health.jsonl"
+PROBE = "probe.jsonl"
+REPORT = "report.html"
 INTERRUPTED = "interrupted"  # of the run: it was saved, and is to be started again
 
 

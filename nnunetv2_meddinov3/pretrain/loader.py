@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnunetv2_meddinov3.errors import UserError
@@ -19,6 +20,7 @@ from nnunetv2_meddinov3.pretrain.data.store import SliceStore
 from nnunetv2_meddinov3.pretrain.sampling import Group, Sampler
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
+from nnunetv2_meddinov3.pretrain.watch.features import fixed_slices, spread_rows
 
 
 def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
@@ -53,6 +55,19 @@ def _part(store: SliceStore, name: str) -> np.ndarray:
     if name not in split["rows"]:
         raise UserError(f"data.part must be one of {', '.join(split['rows'])}, got {name}.")
     return np.array(split["rows"][name], dtype=np.int64)
+
+
+def slices_to_follow(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Tensor:
+    """Return a few slices of different volumes, (n, 1, H, W) in HU, the same for every run.
+
+    Raises:
+        UserError: If one cannot be read.
+    """
+    table = store.rows.select(["volume_id", "body_fraction"]).take(rows)
+    volumes = np.unique(np.array(table["volume_id"].to_pylist()), return_inverse=True)[1]
+    chosen = spread_rows(volumes, table["body_fraction"].to_numpy())
+    images = [store[int(rows[place])][0] for place in chosen]
+    return fixed_slices(images, tuple(config.intensity.clip_hu))
 
 
 class _Failure(str):

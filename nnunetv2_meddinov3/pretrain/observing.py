@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 
+from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
+from nnunetv2_meddinov3.pretrain.folders import HEALTH
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.pretrain.watch.following import Following
 from nnunetv2_meddinov3.pretrain.watch.health import figures, verdicts
 from nnunetv2_meddinov3.pretrain.watch.metrics import MetricsLog, read_rows
 from nnunetv2_meddinov3.pretrain.watch.progress import StepProgress
+from nnunetv2_meddinov3.pretrain.watch.report import write_report
 
-HEALTH = "health.jsonl"
+_MOMENTS = 5  # for which maps are kept where no interval is given
+
+Probe = Callable[[int, str], str | None]  # (step, "start" or "teacher") -> what is wrong
 
 
 class Observer:
     """Watches a stage. Nothing here changes what is learnt.
 
+    Every rank makes one and calls the same methods; the main one writes.
+
     Args:
         config: Of the stage.
         folder: Of the stage.
-        runtime: This process; the main one writes.
+        runtime: This process.
         distillation: What is watched.
+        following: Whose maps are kept.
+        probe: Measures starting weights or teacher; None where no probes are asked for.
         stream: Where progress is written.
         step: Steps done before.
     """
@@ -39,11 +49,13 @@ class Observer:
         folder: Path,
         runtime: Runtime,
         distillation: Distillation,
+        following: Following,
+        probe: Probe | None,
         stream: TextIO,
         step: int,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
-        self.distillation = distillation
+        self.distillation, self.following, self.probe = distillation, following, probe
         engine = config.engine
         self._history: list[dict[str, Any]] = []
         self._weights: Tensor | None = None
@@ -54,7 +66,7 @@ class Observer:
                 step,
                 tensorboard=engine.tensorboard,
                 wandb=engine.wandb,
-                name=f"{folder.parent.name}-stage{config.stage}",
+                name=f"{folder.resolve().parent.name}-stage{config.stage}",
             )
             self._history = read_rows(folder / HEALTH, before=step)
             _write_rows(folder / HEALTH, self._history)
@@ -67,6 +79,12 @@ class Observer:
         )
         self._waited, self._since, self._steps = 0.0, time.monotonic(), 0
         self._arrival = self._since
+
+    def start(self) -> None:
+        """Look at the starting weights, before the first step."""
+        self._keep_maps(0)
+        if self.probe is not None:
+            self.probe(0, "start")
 
     def before_step(self) -> None:
         """Note that the loop begins to wait for data."""
@@ -85,7 +103,7 @@ class Observer:
         *,
         skipped: bool,
     ) -> None:
-        """Take the numbers of a step; every rank must call this.
+        """Take the numbers of a step.
 
         Args:
             step: Number of the step, from 0.
@@ -109,6 +127,19 @@ class Observer:
             self._log(done, row, rates, norms, skipped)
         if checks:
             self._check(done, row["total"])
+
+    def after_step(self, done: int) -> None:
+        """Keep maps, probe and report where their interval says so."""
+        engine, steps = self.config.engine, self.config.optim.steps
+        every = engine.report_every or max(1, steps // _MOMENTS)
+        if done % every == 0 or done == steps:
+            self._keep_maps(done)
+        if self.probe is not None and (done % engine.probe_every == 0 or done == steps):
+            worse = self.probe(done, "teacher")
+            if worse:
+                self.say(f"step {done}: {worse}")
+        if (engine.report_every and done % engine.report_every == 0) or done == steps:
+            self.report()
 
     def _log(
         self,
@@ -140,9 +171,11 @@ class Observer:
     def _check(self, done: int, loss: float) -> None:
         """Work out the figures of health and say what is wrong."""
         update = self._change_of_weights()
-        if self._metrics is None:
+        tokens = self.following.tokens(self.runtime.device)
+        if not self.runtime.is_main:
             return
-        row = {"step": done, "loss": loss, "update": update, **figures(self.distillation.seen)}
+        row = {"step": done, "loss": loss, "update": update}
+        row |= {**figures(self.distillation.seen), "gram_drift": self.following.drift(tokens)}
         self._history.append(row)
         row["verdicts"] = verdicts(self._history)
         _append_row(self.folder / HEALTH, row)
@@ -162,6 +195,22 @@ class Observer:
         if before is None:
             return None
         return float((now - before).norm() / before.norm().clamp(min=1e-12))
+
+    def _keep_maps(self, step: int) -> None:
+        tokens = self.following.tokens(self.runtime.device)
+        if self.runtime.is_main:
+            try:
+                self.following.save(step, tokens)
+            except UserError as error:
+                self.say(f"the maps of step {step} are left out: {error}")
+
+    def report(self) -> None:
+        """Write the report; a run does not end because it cannot."""
+        if self.runtime.is_main:
+            try:
+                write_report(self.folder)
+            except (OSError, UserError) as error:
+                self.say(f"the report could not be written: {error}")
 
     def say(self, line: str) -> None:
         """Write a line of its own, by the main process."""

@@ -200,7 +200,7 @@ def check_size(found: Architecture, config: StageConfig, source: str) -> None:
 
 def _from_stage(config: StageConfig, source: Path) -> _Networks | None:
     """An earlier stage's networks with heads; None if the source is not one."""
-    state_path = _state_of(source)
+    state_path = state_of(source)
     if state_path is None:
         return None
     state = read_state(state_path)
@@ -217,7 +217,7 @@ def _from_stage(config: StageConfig, source: Path) -> _Networks | None:
     return _Networks(student, teacher, state["licence"], state["base"], optimizer)
 
 
-def _state_of(source: Path) -> Path | None:
+def state_of(source: Path) -> Path | None:
     """Return the training state that a path means: a stage, a checkpoint's folder, its file."""
     if source.is_dir():
         if (source / CHECKPOINTS).is_dir():
@@ -256,7 +256,7 @@ def _gram_teacher(
     if gram.teacher == "init":
         return copy.deepcopy(networks.teacher.backbone)
     if gram.teacher == "retained":
-        if previous is None or (path := _state_of(previous)) is None:
+        if previous is None or (path := state_of(previous)) is None:
             raise UserError(
                 "losses.gram.teacher=retained needs an earlier stage with a Gram teacher."
             )

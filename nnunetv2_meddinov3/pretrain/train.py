@@ -17,15 +17,17 @@ from nnunetv2_meddinov3.pretrain.config import effective_lr_factor, to_yaml
 from nnunetv2_meddinov3.pretrain.contract import intensity_of
 from nnunetv2_meddinov3.pretrain.export import export_teacher
 from nnunetv2_meddinov3.pretrain.folders import BAD_STEPS, CHECKPOINTS, EXPORT, export_path
-from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store
+from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_to_follow
 from nnunetv2_meddinov3.pretrain.observing import Observer
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
 from nnunetv2_meddinov3.pretrain.parallel import Parallel
+from nnunetv2_meddinov3.pretrain.probe.during import Prober
 from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
 from nnunetv2_meddinov3.pretrain.schedules import value_at
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.starting import load_start
+from nnunetv2_meddinov3.pretrain.watch.following import Following
 
 
 class Rates(NamedTuple):
@@ -98,7 +100,35 @@ class Stage:
         self.loader = SliceLoader(
             store, rows, config, runtime.rank, runtime.world_size, runtime.device
         )
-        self.observer = Observer(config, folder, runtime, self.distillation, stream, self.step)
+        self.observer = Observer(
+            config,
+            folder,
+            runtime,
+            self.distillation,
+            Following(
+                slices_to_follow(store, rows, config),
+                self.distillation.teacher,
+                config.intensity,
+                folder,
+                self.parallel.autocast,
+            ),
+            self._prober(),
+            stream,
+            self.step,
+        )
+
+    def _prober(self) -> Prober | None:
+        """Return what measures the teacher on labelled slices, if the config asks for it."""
+        if self.config.engine.probe_every is None:
+            return None
+        return Prober(
+            self.config,
+            self.folder,
+            self.runtime,
+            lambda: checkpoints.whole_model(self.distillation),
+            self.start.architecture,
+            self.step,
+        )
 
     def run(self, stop: Stop) -> bool:
         """Train until the stage is finished or a signal came.
@@ -111,6 +141,8 @@ class Stage:
                 be read or written.
         """
         steps, engine = self.config.optim.steps, self.config.engine
+        if self.step == 0:
+            self.observer.start()
         batches = self.loader.iterate(self.step)
         try:
             while self.step < steps:
@@ -124,7 +156,9 @@ class Stage:
                     self.save()
                 if self.step in engine.export_at:
                     self.export(export_path(self.folder, self.step))
+                self.observer.after_step(self.step)
                 if stopped and not at_end:
+                    self.observer.report()
                     return False
         finally:
             batches.close()
