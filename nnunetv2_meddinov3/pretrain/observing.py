@@ -51,7 +51,7 @@ class Observer:
         distillation: Distillation,
         following: Following,
         probe: Probe | None,
-        stream: TextIO,
+        stream: TextIO | None,
         step: int,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime

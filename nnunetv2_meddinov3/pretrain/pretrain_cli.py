@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
     # Imported here because `--help` need not wait for torch.
+    from nnunetv2_meddinov3.pretrain.dry_run import dry_run
     from nnunetv2_meddinov3.pretrain.stages import Plan, run
 
     plan = Plan.of(
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         init=arguments.init,
     )
     if arguments.dry_run:
-        dry_run(plan, sys.stdout)
+        dry_run(plan.stages, sys.stdout)
         return 0
     if arguments.out is None:
         raise UserError("pretraining needs a folder to write to: give --out DIR.")

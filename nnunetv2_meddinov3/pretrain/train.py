@@ -78,7 +78,7 @@ class Stage:
         runtime: Runtime,
         *,
         previous: Path | None,
-        stream: TextIO,
+        stream: TextIO | None,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
         self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)
@@ -149,7 +149,7 @@ class Stage:
                 self.observer.before_step()
                 micro_batches = next(batches)
                 self.observer.data_arrived()
-                stopped = self._one_step(micro_batches, stop)
+                stopped = self.one_step(micro_batches, stop)
                 self.step += 1
                 at_end = self.step == steps
                 if stopped or at_end or self.step % engine.save_every == 0:
@@ -166,7 +166,7 @@ class Stage:
         self.export(self.folder / EXPORT)
         return True
 
-    def _one_step(self, batches: Sequence[ViewBatch], stop: Stop) -> bool:
+    def one_step(self, batches: Sequence[ViewBatch], stop: Stop) -> bool:
         """Forward, backward, update; returns whether any rank was told to stop."""
         rates = rates_at(self.config, self.step)
         self._apply(rates)

@@ -74,7 +74,7 @@ def test_the_papers_values_are_in_the_configs(size):
         ("engine.parallel=fsdp", "engine.parallel must be one of ddp, fsdp2"),
         ("augment.blur_probability=[0.5]", "augment.blur_probability must be three numbers"),
         ("augment.gamma=[2,1]", "augment.gamma must be two numbers in order"),
-        ("optim.lr.warmup_steps=1000", "at most the 200 steps"),
+        ("optim.lr.warmup_steps=1000", "at most the 400 steps"),
         ("data.values=[ct]", "data.values must be a list of some of hu, windowed"),
         ("losses.teacher_temp.peak=0", "losses.teacher_temp.peak must be above 0"),
         ("engine.probe_every=10", "engine.probe_dataset must be a labelled nnU-Net raw dataset"),
@@ -136,7 +136,7 @@ def test_differences_name_what_changes_results_and_nothing_else():
     c = load_config("tiny_stage1", ["optim.lr.peak=0.5", "data.part=train"])
     assert differences(a, c) == [
         "data.part is train instead of None",
-        "optim.lr.peak is 0.5 instead of 0.002",
+        "optim.lr.peak is 0.5 instead of 0.001",
     ]
 
 
