@@ -40,7 +40,9 @@ def test_a_single_volume_is_refused(tmp_path, write_image, make_ct):
 
 
 def test_fewer_slices_than_a_group_are_refused(ct_store):
-    with pytest.raises(UserError, match=r"koleo_group=32 needs at least 32 slices, but .* holds 24"):
+    with pytest.raises(
+        UserError, match=r"koleo_group=32 needs at least 32 slices, but .* holds 24"
+    ):
         opened(ct_store, "losses.koleo_group=32")
 
 

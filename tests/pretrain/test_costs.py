@@ -28,7 +28,9 @@ def test_a_step_has_the_published_number_of_operations(size, resolution, gigaflo
     assert flops.total / 1e9 == pytest.approx(gigaflops, rel=5e-3)
 
 
-@pytest.mark.parametrize(("size", "gigaflops"), [("vits16", 300), ("vitb16", 1048), ("vitl16", 3581)])
+@pytest.mark.parametrize(
+    ("size", "gigaflops"), [("vits16", 300), ("vitb16", 1048), ("vitl16", 3581)]
+)
 def test_gram_anchoring_adds_the_gram_teacher(size, gigaflops):
     config = load_config(f"{size}_stage2_gram")
     a = architecture_of(config.model.size)
@@ -52,7 +54,9 @@ def test_operations_and_parameters_are_those_torch_counts(size):
 
 def test_heads_have_the_parameters_that_are_counted():
     for head in (Head(100, 20, 10, 3), Head(50, 8, 4, 1)):
-        module = ProjectionHead(32, head.prototypes, head.hidden_dim, head.bottleneck_dim, head.layers)
+        module = ProjectionHead(
+            32, head.prototypes, head.hidden_dim, head.bottleneck_dim, head.layers
+        )
         assert costs.head_parameters(32, head) == sum(p.numel() for p in module.parameters())
     assert costs.head_parameters(768, Head()) / 1e6 == pytest.approx(23.1, abs=0.05)
 

@@ -24,11 +24,11 @@ def effective_rank(features: Tensor) -> float:
         From 1 (all on a line, or all the same) to min(n - 1, D).
     """
     x = features.float()
+    if not torch.isfinite(x).all():
+        return math.nan
     x = x - x.mean(0)
     singular = torch.linalg.svdvals(x)
     total = singular.sum()
-    if not torch.isfinite(total):
-        return math.nan
     # what is left of equal features after rounding has a high rank
     if total <= 1e-5 * features.float().norm():
         return 1.0
@@ -88,9 +88,9 @@ def figures(seen: dict[str, Tensor]) -> dict[str, float]:
     return out
 
 
-# When a figure is wrong. Ranks are compared with those at the start of the run, since small batches
-# and fresh networks have small ones; similarities are absolute.
-RANK_SHARE = 0.25  # of the rank at the start
+# When a figure is wrong. Ranks are compared with the highest of the run, since small batches and
+# fresh networks have small ones; similarities are absolute.
+RANK_SHARE = 0.4  # of the highest rank; healthy runs keep more than half of it
 RANK_FLOOR = 1.5  # below it all features lie on a line
 SIMILARITY = (
     0.98  # mean cosine of different images; fresh and pretrained ViTs have less after a while
@@ -112,7 +112,7 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     Returns:
         One sentence for each thing; none for a healthy run.
     """
-    now, first = history[-1], history[0]
+    now = history[-1]
     out = [
         f"{key} is not a number: the run has diverged; go back to a checkpoint and lower optim.lr."
         for key, value in now.items()
@@ -120,7 +120,7 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     ]
     if out:
         return out[:1]
-    out += _collapse(now, first)
+    out += _collapse(history)
     if now["cls_target_entropy_share"] > UNIFORM and now["step"] >= UNIFORM_AFTER:
         out.append(
             "the teacher's targets are uniform (entropy "
@@ -145,15 +145,16 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     return out
 
 
-def _collapse(now: dict[str, Any], first: dict[str, Any]) -> list[str]:
+def _collapse(history: list[dict[str, Any]]) -> list[str]:
+    now, first = history[-1], history[0]
     out = []
     for what, key in (("images", "cls_rank"), ("patches", "patch_rank")):
         for who in ("student", "teacher"):
-            rank, start = now[f"{key}_{who}"], first[f"{key}_{who}"]
-            if rank < max(RANK_FLOOR, RANK_SHARE * start):
+            rank, highest = now[f"{key}_{who}"], max(row[f"{key}_{who}"] for row in history)
+            if rank < max(RANK_FLOOR, RANK_SHARE * highest):
                 out.append(
                     f"collapse: the {who} gives all {what} nearly the same features (effective rank "
-                    f"{rank:.1f}, at the start {start:.1f}); the learning rate may be too high."
+                    f"{rank:.1f}, it was {highest:.1f}); the learning rate may be too high."
                 )
     for who in ("student", "teacher"):
         if now[f"cls_similarity_{who}"] > SIMILARITY > first[f"cls_similarity_{who}"]:
