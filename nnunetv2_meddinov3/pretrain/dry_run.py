@@ -13,7 +13,7 @@ import torch
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain import costs
 from nnunetv2_meddinov3.pretrain.config import check_world, effective_lr_factor
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started
+from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started, world_size
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.train import Stage
 
@@ -80,9 +80,10 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
     Raises:
         UserError: If a config does not fit the processes or the store.
     """
+    for config in stages:
+        check_world(config, world_size())
     with started(stages[0].engine) as runtime:
         for config in stages:
-            check_world(config, runtime.world_size)
             seconds, images, architecture = _time_a_step(config, runtime)
             whole = seconds * config.optim.batch_size / images
             hours = whole * config.optim.steps / 3600

@@ -63,6 +63,11 @@ class Runtime:
         return out
 
 
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def started(engine: Engine) -> Iterator[Runtime]:
     """Join the processes that torchrun started, if it did, and leave them at the end.
@@ -70,7 +75,7 @@ def started(engine: Engine) -> Iterator[Runtime]:
     Raises:
         UserError: If the device is not there, or SLURM started several processes without torchrun.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError(
             "the processes of a run must be started by torchrun, but srun started "
@@ -81,7 +86,7 @@ def started(engine: Engine) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    joined = world_size > 1
+    joined = processes > 1
     if joined:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=_LOST_RANK_AFTER
@@ -89,7 +94,7 @@ def started(engine: Engine) -> Iterator[Runtime]:
     try:
         yield Runtime(
             rank=int(os.environ.get("RANK", "0")) if joined else 0,
-            world_size=world_size,
+            world_size=processes,
             device=device,
             precision=_precision(engine, device),
             compile=engine.compile == "on" or (engine.compile == "auto" and device.type == "cuda"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -11,9 +12,11 @@ from nnunetv2_meddinov3.pretrain.config import available, check_world, load_conf
 from nnunetv2_meddinov3.pretrain.facts import write_run_facts
 from nnunetv2_meddinov3.pretrain.folders import EXPORT, INTERRUPTED
 from nnunetv2_meddinov3.pretrain.loader import open_store
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started
+from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started, world_size
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.train import Stage
+
+_PREFIXES = ("stage1.", "stage2.", "stage3.")
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,24 @@ class Plan:
         """
         for override in overrides:
             head, _, rest = override.partition(".")
-            if head.startswith("stage") and rest and head not in ("stage1", "stage2", "stage3"):
+            if head.startswith("stage") and rest and f"{head}." not in _PREFIXES:
                 raise UserError(
                     f"a change to one stage must begin with stage1., stage2. or stage3., got {override!r}."
                 )
         if store is not None:
             overrides = [*overrides, f"data.store={store}"]
-        configs = [_load(name, overrides) for name in _expand(names)]
-        numbers = [config.stage for config in configs]
+        expanded = _expand(names)
+        numbers = [load_config(name).stage for name in expanded]
         if sorted(set(numbers)) != numbers:
             raise UserError(
                 f"the configs must be of different stages in their order, got stages {numbers}: give one "
                 "config for each stage."
             )
-        chosen = [c for c in configs if stage in ("all", str(c.stage))]
+        chosen = [
+            _load(name, number, overrides)
+            for name, number in zip(expanded, numbers, strict=True)
+            if stage in ("all", str(number))
+        ]
         if not chosen:
             raise UserError(
                 f"--stage {stage} must be one of the stages of the configs, which are {numbers}."
@@ -94,11 +101,12 @@ def run(plan: Plan, stream: TextIO) -> int:
     Raises:
         UserError: If a stage cannot start or go on.
     """
+    # all stages before the first starts, and before processes wait for each other
+    for config in plan.stages:
+        check_world(config, world_size())
+        open_store(config)
+    _check_chain(plan)
     with started(plan.stages[0].engine) as runtime, Stop() as stop:
-        for config in plan.stages:  # all before the first starts: a mistake must not cost a stage
-            check_world(config, runtime.world_size)
-            open_store(config)
-        _check_chain(plan)
         marker = plan.out / INTERRUPTED
         if runtime.is_main:
             plan.out.mkdir(parents=True, exist_ok=True)
@@ -158,10 +166,13 @@ def _expand(names: list[str]) -> list[str]:
         raise UserError(
             f"pretraining needs a config: give one of {', '.join(families())}, or a YAML."
         )
-    shipped = available()
-    out: list[str] = []
+    shipped, out = available(), []
     for name in names:
         family = [other for other in shipped if other.startswith(f"{name}_stage")]
+        if not family and name not in shipped and not Path(name).is_file():
+            near = difflib.get_close_matches(name, [*families(), *shipped], n=1)
+            hint = f"did you mean {near[0]}?" if near else "shipped: " + ", ".join(families()) + "."
+            raise UserError(f"a config must be a shipped name or a YAML file, got {name!r}: {hint}")
         out += family or [name]
     return out
 
@@ -171,12 +182,13 @@ def families() -> list[str]:
     return sorted({name.partition("_stage")[0] for name in available()})
 
 
-def _load(name: str, overrides: list[str]) -> StageConfig:
-    own = load_config(name).stage
+def _load(name: str, number: int, overrides: list[str]) -> StageConfig:
+    """Read a config with the changes that are meant for its stage."""
+    own = f"stage{number}."
     mine = [
-        o.removeprefix(f"stage{own}.")
-        for o in overrides
-        if o.startswith(f"stage{own}.") or not o.startswith(("stage1.", "stage2.", "stage3."))
+        override.removeprefix(own)
+        for override in overrides
+        if override.startswith(own) or not override.startswith(_PREFIXES)
     ]
     return load_config(name, mine)
 

@@ -1,0 +1,191 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunetv2_meddinov3.cli import main
+from nnunetv2_meddinov3.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def pretrain(*words):
+    return main(["pretrain", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def three_stages(small_stage, tmp_path_factory):
+    """All stages at their smallest, by the command."""
+    out = tmp_path_factory.mktemp("run")
+    gram = "{start: 1, peak: 1, end: 1, warmup_steps: 0, cosine_steps: 0}"
+    words = [
+        *("tiny", "--out", out, *small_stage("optim.steps=4", "optim.lr.cosine_steps=0")),
+        *("stage1.engine.export_at=[2]", "stage2.losses.gram.teacher=previous@2"),
+        *(f"stage{n}.losses.gram.weight={gram}" for n in (2, 3)),
+        *(f"stage{n}.losses.local_weight.cosine_steps=0" for n in (2, 3)),
+        *("stage2.crops.resolutions.0.gram_size=96", "stage3.crops.resolutions.0.gram_size=96"),
+        *("stage3.crops.resolutions.1.global_size=64", "stage3.crops.resolutions.1.local_size=48"),
+        *("stage3.crops.resolutions.1.gram_size=96", "stage3.engine.micro_batch=4"),
+    ]
+    assert pretrain(*words) == 0
+    return out, words
+
+
+def test_three_stages_leave_what_they_should(three_stages):
+    out, _ = three_stages
+    for n in (1, 2, 3):
+        folder = out / f"stage{n}"
+        names = {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "health.jsonl"}
+        names |= {"teacher.safetensors", "report.html", "checkpoints", "maps"}
+        assert names <= {path.name for path in folder.iterdir()}
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert ("loss_gram" in rows[0]) == (n > 1)
+    assert (out / "stage1/exports/teacher_step_000002.safetensors").is_file()
+    assert not (out / "interrupted").exists()
+
+
+def test_the_gram_teacher_is_retained_by_the_third_stage(three_stages):
+    out, _ = three_stages
+    models = [
+        torch.load(out / f"stage{n}/checkpoints/step_0000004/state.pt", weights_only=True)["model"]
+        for n in (2, 3)
+    ]
+    from nnunetv2_meddinov3.models.build import load_backbone
+
+    wanted = load_backbone(out / "stage1/exports/teacher_step_000002.safetensors").state_dict()
+    for model in models:
+        own = {
+            k.removeprefix("gram_teacher.backbone."): t
+            for k, t in model.items()
+            if k.startswith("gram_teacher.")
+        }
+        assert all(torch.equal(own[k], t) for k, t in wanted.items())
+
+
+def test_a_finished_run_is_left_alone(three_stages, capsys):
+    out, words = three_stages
+    before = (out / "stage3/teacher.safetensors").stat().st_mtime_ns
+    assert pretrain(*words) == 0
+    assert (out / "stage3/teacher.safetensors").stat().st_mtime_ns == before
+    assert capsys.readouterr().err.count("is finished") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["tiny", "--store", "nowhere", "--out", "o"], "must be a slice store"),
+        (["tiny", "--out", "o"], "needs a slice store: give --store DIR"),
+        (["tinny", "--out", "o"], r"did you mean tiny\?"),
+        (["optim.steps=3", "--out", "o"], "needs a config: give one of tiny, vitb16"),
+        (["tiny_stage2_gram", "tiny_stage1"], r"in their order, got stages \[2, 1\]"),
+        (["tiny_stage1", "--stage", "2"], r"--stage 2 must be one of .* \[1\]"),
+        (["tiny", "stage4.optim.steps=3"], "must begin with stage1., stage2. or stage3."),
+        (["tiny", "stage2.optim.stepz=3"], "unknown key optim.stepz"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=sentence) as caught:
+        pretrain(*words)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_folder_to_write_to_is_one_sentence(small_stage):
+    with pytest.raises(UserError, match="give --out DIR"):
+        pretrain("tiny", *small_stage())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--stage", "2"], "starts from stage 1, but .* holds no teacher.safetensors"),
+        (["stage1.init.source=previous"], "stage 1 has no previous stage"),
+        (["stage2.losses.gram.teacher=previous@3"], r"exports at \[\] of 400 steps: set stage1"),
+        (["optim.batch_size=12", "engine.micro_batch=8"], "take one of 4, 12"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused_before_it_starts(small_stage, tmp_path, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        pretrain("tiny", "--out", tmp_path / "out", *small_stage(), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_number_of_processes_is_one_sentence(small_stage, tmp_path):
+    """The command as three processes would see it; refused before any of them waits for others."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "3"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+    words = ["tiny", "--stage", "1", "--out", tmp_path / "out", *small_stage()]
+    done = subprocess.run(
+        [sys.executable, "-m", "nnunetv2_meddinov3", "pretrain", *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "3 x 4 = 12, got 8: take 12, or another number of processes" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_goes_on_on_one(small_stage, tmp_path):
+    words = ["tiny", "--stage", "1", "engine.save_every=2", "model.drop_path=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run(out, steps, *launcher):
+        command = [*launcher, "-m", "nnunetv2_meddinov3", "pretrain", *words, "--out", str(out)]
+        command += [*small_stage(f"optim.steps={steps}"), "model.drop_path=0"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run(tmp_path / "whole", 6, sys.executable)
+    run(tmp_path / "mixed", 6, *torchrun)
+    mixed = tmp_path / "mixed/stage1"
+    states = {
+        n: torch.load(f / "checkpoints/step_0000006/state.pt", weights_only=True)["model"]
+        for n, f in (("whole", tmp_path / "whole/stage1"), ("mixed", mixed))
+    }
+    for name, tensor in states["whole"].items():
+        torch.testing.assert_close(states["mixed"][name], tensor, rtol=0, atol=2e-4)
+    shutil.rmtree(mixed / "checkpoints/step_0000006")
+    (mixed / "teacher.safetensors").unlink()
+    run(tmp_path / "mixed", 6, sys.executable)  # from step 4, which two ranks saved
+    again = torch.load(mixed / "checkpoints/step_0000006/state.pt", weights_only=True)
+    assert again["world_size"] == 1
+    for name, tensor in states["mixed"].items():
+        torch.testing.assert_close(again["model"][name], tensor, rtol=0, atol=2e-4)
+
+
+def test_a_dry_run_says_sizes_memory_and_time_and_writes_nothing(
+    small_stage, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert pretrain("tiny", "--stage", "1", "--dry-run", *small_stage()) == 0
+    text = capsys.readouterr().out
+    for words in ("2 x 48 px (3 x 3 patches)", "sqrt(batch / 512)", "GFLOP", "GB", "one step"):
+        assert words in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from nnunetv2_meddinov3.cli import main\n"
+        "try: main(['pretrain', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --nproc-per-node 8" in done.stdout
