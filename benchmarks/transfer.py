@@ -3,9 +3,9 @@
     python benchmarks/transfer.py 801 2d_192 --weights none run/stage3/teacher.safetensors \
         --backbone vit_tiny --epochs 10 --iterations 40 --seeds 3 --out results
 
-Runs stock nnU-Net (`nnUNetv2_train`) in this process's environment, one run after the other, weights
-interleaved, and prints the mean Dice of each run's validation cases. Every run has a results folder of
-its own; finished runs are not run again.
+Runs stock nnU-Net (`nnUNetv2_train`) in this process's environment, one run after the other,
+weights in turns, and prints the mean Dice of each run's validation cases. Every run has its own
+results folder; finished runs are not run again.
 """
 
 import argparse

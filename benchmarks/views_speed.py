@@ -2,9 +2,10 @@
 
     python benchmarks/views_speed.py --slices 16 --rounds 7
 
-One thread. From 512 x 512 slices: two global crops of 256 and eight local ones of 112 pixels. The reference is
-torchvision.transforms.v2 on PIL pictures of three channels with the steps of DINO (crop, flip, colour jitter, blur,
-to float, normalise), which is what the original runs; its hue, saturation and greyscale do nothing on grey.
+One thread. From 512 x 512 slices: two global crops of 256 and eight local ones of 112 pixels. The
+reference is torchvision.transforms.v2 on PIL pictures of three channels with the steps of DINO
+(crop, flip, colour jitter, blur, to float, normalise), which is what the original runs; its hue,
+saturation and greyscale do nothing on grey.
 """
 
 import argparse

@@ -86,7 +86,7 @@ class CheckpointFolder:
         return self.path(step)
 
     def prune(self, keep_last: int, keep_every: int | None) -> None:
-        """Delete all but the last checkpoints, those at a multiple of ``keep_every`` and leftovers."""
+        """Delete checkpoints but the last and the multiples of ``keep_every``, and leftovers."""
         for step in self.steps()[:-keep_last]:
             if not keep_every or step % keep_every:
                 shutil.rmtree(self.path(step).parent, ignore_errors=True)
@@ -122,7 +122,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def whole_model(model: nn.Module) -> dict[str, Any]:
-    """Return every parameter and buffer in full, on the CPU of rank 0; every rank must call this."""
+    """Return all parameters and buffers in full, on the CPU of rank 0; every rank calls this."""
     return get_model_state_dict(model, options=_WHOLE)
 
 

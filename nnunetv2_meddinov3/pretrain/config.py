@@ -1,4 +1,4 @@
-"""Configs of stages: complete YAML files, ``key=value`` changes, and every mistake in a sentence."""
+"""Configs of stages: complete YAML files, ``key=value`` changes, every mistake in a sentence."""
 
 from __future__ import annotations
 
@@ -91,8 +91,10 @@ def check_world(config: StageConfig, world_size: int) -> None:
         unit = world_size * group
         near = sorted({max(1, batch // unit) * unit, math.ceil(batch / unit) * unit})
         raise UserError(
-            f"optim.batch_size must be a multiple of processes times losses.koleo_group = {world_size} x "
-            f"{group} = {unit}, got {batch}: take {' or '.join(map(str, near))}, or another number of "
+            f"optim.batch_size must be a multiple of processes times losses.koleo_group = "
+            f"{world_size} x "
+            f"{group} = {unit}, got {batch}: take {' or '.join(map(str, near))}, or another "
+            f"number of "
             "processes."
         )
     per_rank = batch // world_size
@@ -100,7 +102,8 @@ def check_world(config: StageConfig, world_size: int) -> None:
         fits = [n for n in range(group, per_rank + 1, group) if per_rank % n == 0]
         raise UserError(
             f"engine.micro_batch must be a multiple of losses.koleo_group={group} that divides the "
-            f"{per_rank} images of each process, got {micro}: take one of {', '.join(map(str, fits))}."
+            f"{per_rank} images of each process, got {micro}: take one of "
+            f"{', '.join(map(str, fits))}."
         )
 
 

@@ -1,4 +1,4 @@
-"""The intensity contract: which values a network is trained on, and that a store has such values."""
+"""The intensity contract: which values a network is trained on, and that a store has them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def check_same_contract(metadata: dict[str, Any], config: StageConfig, where: st
     for name in ("clip", "mean", "std"):
         if not np.allclose(theirs[name], ours[name], rtol=1e-6):
             raise UserError(
-                f"a stage must keep the intensity contract of the weights it starts from, but {where} "
+                f"a stage must keep the intensity contract of the weights it starts from, but "
+                f"{where} "
                 f"was trained with {name} {theirs[name]} HU and the config says {ours[name]}: set "
                 "intensity to the same values."
             )
@@ -95,8 +96,10 @@ def check_store(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Non
         named = " and ".join(f"{n} of {KINDS[kind]}" for kind, n in sorted(foreign.items()))
         wanted = ",".join([*config.data.values, *sorted(foreign)])
         raise UserError(
-            f"the intensity contract of this run is {' and '.join(KINDS[k] for k in config.data.values)}, "
-            f"but {store.path} holds {len(rows)} slices, {named}: curate these into another store, or "
+            f"the intensity contract of this run is "
+            f"{' and '.join(KINDS[k] for k in config.data.values)}, "
+            f"but {store.path} holds {len(rows)} slices, {named}: curate these into another "
+            f"store, or "
             f"train on them too with 'data.values=[{wanted}]'."
         )
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain.schema import Head, Resolution, StageConfig
 
-_SHOWN_BY_IBOT = 0.3  # masked patches per image as a share of a global crop's: 2 x 0.5 x mean(0.1, 0.5)
+_SHOWN_BY_IBOT = (
+    0.3  # masked patches per image as a share of a global crop's: 2 x 0.5 x mean(0.1, 0.5)
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def forward_flops(a: Architecture, size: int) -> float:
 def head_parameters(width: int, head: Head) -> int:
     """Return the number of parameters of a projection head."""
     widths = [width, *[head.hidden_dim] * (head.layers - 1), head.bottleneck_dim]
-    layers = sum((n + 1) * m for n, m in zip(widths, widths[1:], strict=False))
+    layers = sum((n + 1) * m for n, m in pairwise(widths))
     return layers + head.bottleneck_dim * head.prototypes
 
 
@@ -84,14 +87,10 @@ def step_flops(config: StageConfig, a: Architecture, resolution: Resolution) -> 
     gram = 0.0
     if resolution.gram_size and config.losses.gram.weight and config.losses.gram.teacher != "ema":
         gram = crops.global_crops * forward_flops(a, resolution.gram_size)
-    return Flops(
-        of_global, 3 * (of_global + of_local), teacher_heads + 3 * student_heads, gram
-    )
+    return Flops(of_global, 3 * (of_global + of_local), teacher_heads + 3 * student_heads, gram)
 
 
-def memory_gb(
-    config: StageConfig, a: Architecture, images: int, is_bf16: bool
-) -> dict[str, float]:
+def memory_gb(config: StageConfig, a: Architecture, images: int, is_bf16: bool) -> dict[str, float]:
     """Estimate the memory of a process without sharding, in GB.
 
     Args:
@@ -123,7 +122,9 @@ def memory_gb(
     per_token = kept if config.engine.activation_checkpointing else a.depth * block
     patches = (widest.global_size // a.patch_size) ** 2
     rows = _SHOWN_BY_IBOT * patches * config.heads.ibot.prototypes
-    rows += (2 * config.crops.global_crops + config.crops.local_crops) * config.heads.dino.prototypes
+    rows += (
+        2 * config.crops.global_crops + config.crops.local_crops
+    ) * config.heads.dino.prototypes
     return {
         "networks": networks / 1e9,
         "activations": images * tokens * per_token / 1e9,

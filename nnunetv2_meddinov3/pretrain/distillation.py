@@ -226,7 +226,7 @@ class Distillation(nn.Module):
 
 
 def resize_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
-    """Resize patch tokens (B, P, D) of one grid to another, bicubic and before any normalisation."""
+    """Resize patch tokens (B, P, D) from one grid to another, bicubic, before normalisation."""
     if grid == target:
         return tokens
     maps = tokens.float().transpose(1, 2).unflatten(2, grid)

@@ -30,7 +30,8 @@ def describe(config: StageConfig, a: Architecture, runtime: Runtime) -> str:
         f"stage {config.stage}",
         f"  images per step        {optim.batch_size} = {runtime.world_size} processes x "
         f"{per_rank // at_once} micro-batches x {at_once}",
-        f"  learning rate          {_peak(config) * factor:.3g} = {_peak(config):.3g} x {factor:.3f} "
+        f"  learning rate          {_peak(config) * factor:.3g} = {_peak(config):.3g} x "
+        f"{factor:.3f} "
         f"(sqrt(batch / 512))",
     ]
     for each in crops.resolutions:
@@ -41,7 +42,8 @@ def describe(config: StageConfig, a: Architecture, runtime: Runtime) -> str:
         flops = costs.step_flops(config, a, each)
         lines.append(f"  crops                  {', '.join(sizes)}{share}")
         lines.append(
-            f"  operations per image   {flops.total / 1e9:.1f} GFLOP: student {flops.student / 1e9:.1f}, "
+            f"  operations per image   {flops.total / 1e9:.1f} GFLOP: student "
+            f"{flops.student / 1e9:.1f}, "
             f"teacher {flops.teacher / 1e9:.1f}, heads {flops.heads / 1e9:.1f}, Gram teacher "
             f"{flops.gram / 1e9:.1f}"
         )
@@ -53,7 +55,8 @@ def describe(config: StageConfig, a: Architecture, runtime: Runtime) -> str:
     memory = costs.memory_gb(config, a, at_once, runtime.precision == "bf16")
     parts = ", ".join(f"{name} {value:.1f}" for name, value in memory.items())
     lines.append(
-        f"  memory of a process    about {sum(memory.values()):.1f} GB ({parts}; counted, unsharded)"
+        f"  memory of a process    about {sum(memory.values()):.1f} GB ({parts}; counted, "
+        f"unsharded)"
     )
     return "\n".join(lines)
 
@@ -91,15 +94,14 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
                 stream.write(
                     f"{describe(config, architecture, runtime)}\n"
                     f"  one step               {seconds:.2f} s for {images} images on "
-                    f"{runtime.device.type}: {images / seconds:.1f} images/s, about {hours:.3g} h for "
+                    f"{runtime.device.type}: {images / seconds:.1f} images/s, about {hours:.3g} h "
+                    f"for "
                     f"{config.optim.steps} steps of {config.optim.batch_size}\n\n"
                 )
                 stream.flush()
 
 
-def _time_a_step(
-    config: StageConfig, runtime: Runtime
-) -> tuple[float, int, Architecture]:
+def _time_a_step(config: StageConfig, runtime: Runtime) -> tuple[float, int, Architecture]:
     """Return the seconds of one step after a first one, its images, and the architecture."""
     small = copy.deepcopy(config)
     small.init.source, small.init.optimizer = "none", False

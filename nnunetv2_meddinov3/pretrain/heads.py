@@ -1,5 +1,7 @@
 """Projection heads: tokens to prototype logits (DINO; DINOv2; DINOv3, sec. 3)."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +32,7 @@ class ProjectionHead(nn.Module):
             raise ValueError(f"layers must be at least 1, got {layers}")
         widths = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         modules: list[nn.Module] = []
-        for wide, narrow in zip(widths, widths[1:], strict=False):
+        for wide, narrow in pairwise(widths):
             modules += [nn.Linear(wide, narrow), nn.GELU()]
         self.mlp = nn.Sequential(*modules[:-1])
         self.last_layer = nn.Linear(bottleneck_dim, prototypes, bias=False)

@@ -56,7 +56,7 @@ def head_of(tensors: dict[str, Tensor], where: str) -> ProjectionHead:
 def read_student(
     path: Path | str,
     branch: str,
-    noise: Noise = Noise(),
+    noise: Noise = Noise(),  # noqa: B008 (frozen)
     **overrides: Any,
 ) -> Student:
     """Read one branch of a training checkpoint, with its heads.

@@ -43,7 +43,8 @@ def _part(store: SliceStore, name: str) -> np.ndarray:
     path = store.path / layout.SPLITS
     if not path.is_file():
         raise UserError(
-            f"data.part={name} needs a split of the store, but {store.path} has none: make one with "
+            f"data.part={name} needs a split of the store, but {store.path} has none: make one "
+            f"with "
             f"`meddinov3 store split {store.path} {name}=0.9 rest=0.1`."
         )
     try:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.folders import HEALTH
+from nnunetv2_meddinov3.pretrain.rates import Rates
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.watch.following import Following
@@ -97,7 +98,7 @@ class Observer:
     def stepped(
         self,
         step: int,
-        rates: NamedTuple,
+        rates: Rates,
         losses: dict[str, Tensor],
         norms: dict[str, Tensor],
         *,
@@ -145,7 +146,7 @@ class Observer:
         self,
         done: int,
         row: dict[str, float],
-        rates: NamedTuple,
+        rates: Rates,
         norms: dict[str, Tensor],
         skipped: bool,
     ) -> None:

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each depth, and clipping of each part by itself (DINOv3's code)."""
+"""AdamW with a learning rate for each depth; each part clipped by itself (DINOv3's code)."""
 
 from __future__ import annotations
 

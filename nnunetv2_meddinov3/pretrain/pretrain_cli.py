@@ -7,16 +7,17 @@ from pathlib import Path
 from nnunetv2_meddinov3.errors import UserError
 
 _DESCRIPTION = """\
-Adapts a DINOv3 ViT to the slices of a store (`meddinov3 curate`) in three stages: DINO, iBOT and KoLeo;
-Gram anchoring; high resolution. Each stage goes on from its last checkpoint when the same command is
-started again. The result, DIR/stage3/teacher.safetensors, is what MEDDINOV3_WEIGHTS takes.
+Adapts a DINOv3 ViT to the slices of a store (`meddinov3 curate`) in three stages: DINO, iBOT and
+KoLeo; Gram anchoring; high resolution. Each stage goes on from its last checkpoint when the same
+command is started again. The result, DIR/stage3/teacher.safetensors, is what MEDDINOV3_WEIGHTS
+takes.
 """
 _EXAMPLES = """\
 examples:
-  meddinov3 pretrain tiny --store store --out run                     all three stages, on a laptop
-  meddinov3 pretrain vitb16 --store store --out run --dry-run         sizes, memory and time; one step
+  meddinov3 pretrain tiny --store store --out run              all three stages, on a laptop
+  meddinov3 pretrain vitb16 --store store --out run --dry-run  sizes, memory, time; one step
   torchrun --nproc-per-node 8 -m nnunetv2_meddinov3 pretrain vitb16 --store store --out run
-  meddinov3 pretrain vitb16 --stage 1 --store store --out run optim.batch_size=64 engine.micro_batch=32
+  meddinov3 pretrain vitb16 --stage 1 --store store --out run optim.batch_size=64
   meddinov3 pretrain my_stage1.yaml my_stage2.yaml --store store --out run stage2.optim.steps=5000
 """
 
@@ -61,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meddinov3 pretrain",
-        usage="meddinov3 pretrain CONFIG [CONFIG ...] --store DIR --out DIR [--stage N] [--init SOURCE] "
-        "[--dry-run] [key=value ...]",
+        usage="meddinov3 pretrain CONFIG [CONFIG ...] --store DIR --out DIR [--stage N] "
+        "[--init SOURCE] [--dry-run] [key=value ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="+",
         metavar="CONFIG | key=value",
-        help="vits16, vitb16, vitl16 or tiny (three stages each), the name of one shipped stage such as "
+        help="vits16, vitb16, vitl16 or tiny (three stages each), one shipped stage such as "
         "vitb16_stage1, or your own YAML files in order; and changes to them, for one stage alone "
         "with stage1., stage2. or stage3. before the key",
     )
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--init",
         metavar="SOURCE",
-        help="where the first of them starts: none, a path, timm:NAME, hf:OWNER/REPO/FILE, a stage's "
-        "folder. Default: as the config says",
+        help="where the first of them starts: none, a path, timm:NAME, hf:OWNER/REPO/FILE, "
+        "a stage's folder. Default: as the config says",
     )
     add(
         "--dry-run",

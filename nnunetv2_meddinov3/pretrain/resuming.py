@@ -90,6 +90,7 @@ def check_same_run(
     if state["store"]["records_sha256"] != store["records_sha256"]:
         raise UserError(
             f"{folder} must be continued on the slices it was started on, but the store now holds "
-            f"others ({state['store']['slices']} before, {store['slices']} now): give the same store, "
+            f"others ({state['store']['slices']} before, {store['slices']} now): give the same "
+            f"store, "
             "or another --out."
         )

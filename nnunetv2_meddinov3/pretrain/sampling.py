@@ -1,4 +1,4 @@
-"""Which slices a step sees: a pure function of seed, stage and step, whatever rank or worker asks."""
+"""Which slices a step sees: a function of seed, stage and step, whatever rank or worker asks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Sampler:
         return int(generator.choice(len(self._shares), p=self._shares))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the rows in the order of an epoch: the k-th of a volume's n falls in its n-th part."""
+        """Return the rows of an epoch: the k-th slice of a volume's n falls in its k-th part."""
         generator = np.random.default_rng((*self._key, epoch, _EPOCH))
         shuffled = generator.permutation(len(self.rows))
         volumes = self.volumes[shuffled]

@@ -1,7 +1,7 @@
 """What a stage's config may say: one dataclass per section, a meaning and a unit for every field.
 
 Sections down to ``optim`` decide results; ``data`` and ``engine`` say where things lie and how fast
-they go, and should not affect results. A *step* is one optimiser step, counted from 0 in each stage.
+they go, and should not affect results. A *step* is one optimiser step, from 0 in each stage.
 """
 
 from dataclasses import dataclass, field

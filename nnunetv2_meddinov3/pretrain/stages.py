@@ -59,7 +59,8 @@ class Plan:
             head, _, rest = override.partition(".")
             if head.startswith("stage") and rest and f"{head}." not in _PREFIXES:
                 raise UserError(
-                    f"a change to one stage must begin with stage1., stage2. or stage3., got {override!r}."
+                    f"a change to one stage must begin with stage1., stage2. or stage3., got "
+                    f"{override!r}."
                 )
         if store is not None:
             overrides = [*overrides, f"data.store={store}"]
@@ -67,7 +68,8 @@ class Plan:
         numbers = [load_config(name).stage for name in expanded]
         if sorted(set(numbers)) != numbers:
             raise UserError(
-                f"the configs must be of different stages in their order, got stages {numbers}: give one "
+                f"the configs must be of different stages in their order, got stages {numbers}: "
+                f"give one "
                 "config for each stage."
             )
         chosen = [
@@ -154,8 +156,10 @@ def _check_chain(plan: Plan) -> None:
             source = next(c for c in plan.stages if c.stage == config.stage - 1)
             if step not in source.engine.export_at or step > source.optim.steps:
                 raise UserError(
-                    f"losses.gram.teacher={gram} needs the teacher of stage {source.stage} at step {step}, "
-                    f"but that stage exports at {list(source.engine.export_at)} of {source.optim.steps} "
+                    f"losses.gram.teacher={gram} needs the teacher of stage {source.stage} at "
+                    f"step {step}, "
+                    f"but that stage exports at {list(source.engine.export_at)} of "
+                    f"{source.optim.steps} "
                     f"steps: set stage{source.stage}.engine.export_at=[{step}]."
                 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
 from nnunetv2_meddinov3.pretrain.batch import ViewBatch
-from nnunetv2_meddinov3.pretrain.config import effective_lr_factor, to_yaml
+from nnunetv2_meddinov3.pretrain.config import to_yaml
 from nnunetv2_meddinov3.pretrain.contract import intensity_of
 from nnunetv2_meddinov3.pretrain.export import export_teacher
 from nnunetv2_meddinov3.pretrain.folders import BAD_STEPS, CHECKPOINTS, EXPORT, export_path
@@ -22,39 +22,12 @@ from nnunetv2_meddinov3.pretrain.observing import Observer
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
 from nnunetv2_meddinov3.pretrain.parallel import Parallel
 from nnunetv2_meddinov3.pretrain.probe.during import Prober
+from nnunetv2_meddinov3.pretrain.rates import Rates, rates_at
 from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
-from nnunetv2_meddinov3.pretrain.schedules import value_at
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.starting import load_start
 from nnunetv2_meddinov3.pretrain.watch.following import Following
-
-
-class Rates(NamedTuple):
-    """What the schedules say for one step."""
-
-    lr: float
-    last_layer_lr: float
-    weight_decay: float
-    momentum: float
-    teacher_temp: float
-    local_weight: float
-    gram_weight: float
-
-
-def rates_at(config: StageConfig, step: int) -> Rates:
-    """Return the value of every schedule at a step, learning rates scaled to the batch."""
-    optim, losses, total = config.optim, config.losses, config.optim.steps
-    lr = value_at(optim.lr, step, total) * effective_lr_factor(config)
-    return Rates(
-        lr=lr,
-        last_layer_lr=0.0 if step < optim.freeze_last_layer_steps else lr,
-        weight_decay=value_at(optim.weight_decay, step, total),
-        momentum=value_at(optim.momentum, step, total),
-        teacher_temp=value_at(losses.teacher_temp, step, total),
-        local_weight=value_at(losses.local_weight, step, total),
-        gram_weight=value_at(losses.gram.weight, step, total) if losses.gram.weight else 0.0,
-    )
 
 
 class Stage:
@@ -208,7 +181,7 @@ class Stage:
         return sums
 
     def _generator(self, micro_batch: int) -> torch.Generator:
-        """Draw drop path and RoPE augmentation from the step's place alone, so a resume is exact."""
+        """Draw drop path and RoPE augmentation from the step alone, so a resume is exact."""
         key = (self.config.optim.seed, self.step, self.runtime.rank, micro_batch)
         seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
@@ -245,9 +218,12 @@ class Stage:
         torch.save({"step": self.step, "losses": values, "micro_batches": views}, path)
         self.runtime.barrier()
         raise UserError(
-            f"losses and gradients must be finite numbers, but {self.bad_in_a_row} steps in a row up "
-            f"to step {self.step} were not: the last batch is in {path.parent}; lower optim.lr, or look "
-            "for slices with absurd values (`meddinov3 store verify`). Weights and checkpoints are as "
+            f"losses and gradients must be finite numbers, but {self.bad_in_a_row} steps in a row "
+            f"up "
+            f"to step {self.step} were not: the last batch is in {path.parent}; lower optim.lr, "
+            f"or look "
+            "for slices with absurd values (`meddinov3 store verify`). Weights and checkpoints "
+            "are as "
             "they were before."
         )
 

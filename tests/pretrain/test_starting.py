@@ -75,7 +75,7 @@ def test_weights_of_another_contract_are_refused(tmp_path):
 
 
 def test_a_source_that_is_not_there_is_one_sentence():
-    with pytest.raises(UserError, match="there is no nowhere"):
+    with pytest.raises(UserError, match=r"there is no nowhere"):
         start("init.source=nowhere.pth")
 
 
@@ -93,11 +93,11 @@ def test_a_gram_teacher_is_the_start_a_file_or_refused(tmp_path):
         start(*gram, "losses.gram.teacher=ema", name="tiny_stage2_gram").distillation.gram_teacher
         is None
     )
-    with pytest.raises(UserError, match="needs an earlier stage, but this is the first"):
+    with pytest.raises(UserError, match=r"needs an earlier stage, but this is the first"):
         start(*gram, name="tiny_stage2_gram")
     with pytest.raises(UserError, match=r"teacher_step_000100.* is not there: add 100 to"):
         start(*gram, name="tiny_stage2_gram", previous=tmp_path)
-    with pytest.raises(UserError, match="losses.gram.teacher=retained needs an earlier stage"):
+    with pytest.raises(UserError, match=r"losses.gram.teacher=retained needs an earlier stage"):
         start(*gram, "losses.gram.teacher=retained", name="tiny_stage2_gram", previous=tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_a_head_with_a_hole_is_refused(tmp_path, missing):
 
 def test_a_checkpoint_without_heads_is_refused_as_a_stage(tmp_path, released_file):
     released_file(tmp_path / "model.pth")
-    with pytest.raises(UserError, match="must hold|must be a"):
+    with pytest.raises(UserError, match=r"must hold|must be a"):
         read_student(tmp_path / "model.pth", "teacher")
     with pytest.raises(UserError, match="must be a projection head"):
         head_of({"mlp.0.bias": torch.zeros(3)}, "h")

@@ -42,7 +42,8 @@ class IBOTLoss(nn.Module):
         masked = mask.flatten().nonzero()[:, 0] if masked is None else masked
         if student_logits.shape != teacher_probs.shape or len(student_logits) != len(masked):
             raise ValueError(
-                f"student_logits and teacher_probs must be (M, K) for {len(masked)} masked patches, "
+                f"student_logits and teacher_probs must be (M, K) for {len(masked)} masked "
+                f"patches, "
                 f"got {tuple(student_logits.shape)} and {tuple(teacher_probs.shape)}"
             )
         log_probs = (student_logits.float() / self.student_temp).log_softmax(-1)

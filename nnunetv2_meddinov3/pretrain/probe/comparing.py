@@ -11,9 +11,9 @@ from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from, resolve_source
 from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint
 from nnunetv2_meddinov3.pretrain.folders import CHECKPOINTS, EXPORT
+from nnunetv2_meddinov3.pretrain.origins import state_of
 from nnunetv2_meddinov3.pretrain.probe.data import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import KINDS, ProbeResult, run_probe
-from nnunetv2_meddinov3.pretrain.starting import state_of
 
 _TITLES = {"knn": "k-NN (mAP)", "linear": "linear (mAP)", "dense": "segmentation (Dice)"}
 

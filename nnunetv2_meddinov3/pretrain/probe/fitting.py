@@ -98,7 +98,7 @@ def fit_linear(features: Tensor, targets: Tensor, groups: list[str], seed: int) 
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the area under precision over recall, tied scores together; NaN without both labels."""
+    """Return the area under precision over recall, ties together; NaN without both labels."""
     labels = np.asarray(labels, bool)
     if labels.all() or not labels.any():
         return float("nan")

@@ -74,7 +74,7 @@ def run_probe(
     Args:
         backbone: Any; put into evaluation mode.
         data: Slices and masks.
-        intensity: Contract of the weights (``clip``, ``mean``, ``std`` in HU); the release's if None.
+        intensity: Contract of the weights (``clip``, ``mean``, ``std`` in HU); None: the release's.
         device: Where features are computed.
         seed: Of everything that is drawn.
 

@@ -58,7 +58,7 @@ class Following:
         save_maps(self.folder, step, self.slices_hu, tokens)
 
     def drift(self, tokens: Tensor) -> float | None:
-        """Return how far patch similarities are from those of the stage's start; None without it."""
+        """Return how far patch similarities are from the stage's start; None without one."""
         if self._first is None:
             if not (self.folder / MAPS / "step_0000000.npz").is_file():
                 return None

@@ -68,7 +68,8 @@ def figures(seen: dict[str, Tensor]) -> dict[str, float]:
 
     Returns:
         Entropies in nats and as a share of ln K, effective ranks of cls and patch features, mean
-        cosine between cls tokens of different crops, share of prototypes that are some crop's first choice.
+        cosine between cls tokens of different crops, share of prototypes that are some crop's first
+        choice.
     """
     cls_k, patch_k = seen["cls_targets"].shape[1], seen["patch_targets"].shape[1]
     out = {
@@ -124,22 +125,26 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     if now["cls_target_entropy_share"] > UNIFORM and now["step"] >= UNIFORM_AFTER:
         out.append(
             "the teacher's targets are uniform (entropy "
-            f"{100 * now['cls_target_entropy_share']:.1f} % of the most there is): they say nothing, so "
+            f"{100 * now['cls_target_entropy_share']:.1f} % of the most there is): they say "
+            f"nothing, so "
             "nothing is learnt; lower losses.teacher_temp or optim.lr."
         )
     if now["prototypes_used"] < USED:
         out.append(
-            f"only {100 * now['prototypes_used']:.1f} % of the prototypes a batch could use are used: "
+            f"only {100 * now['prototypes_used']:.1f} % of the prototypes a batch could use are "
+            f"used: "
             "images fall into a few clusters; raise the batch or lower optim.lr."
         )
     lowest = min(each["loss"] for each in history)
     if len(history) > 2 and now["loss"] > DIVERGED * lowest + 1:
         out.append(
-            f"the loss is {now['loss']:.2f} after it was {lowest:.2f}: the run diverges; lower optim.lr."
+            f"the loss is {now['loss']:.2f} after it was {lowest:.2f}: the run diverges; lower "
+            f"optim.lr."
         )
     if now.get("update") is not None and now["update"] < STILL:
         out.append(
-            "the weights do not change: optim.lr is 0 or every step is skipped; look at optim.lr and "
+            "the weights do not change: optim.lr is 0 or every step is skipped; look at optim.lr "
+            "and "
             "at the steps that were skipped."
         )
     return out
@@ -153,13 +158,15 @@ def _collapse(history: list[dict[str, Any]]) -> list[str]:
             rank, highest = now[f"{key}_{who}"], max(row[f"{key}_{who}"] for row in history)
             if rank < max(RANK_FLOOR, RANK_SHARE * highest):
                 out.append(
-                    f"collapse: the {who} gives all {what} nearly the same features (effective rank "
+                    f"collapse: the {who} gives all {what} nearly the same features (effective "
+                    f"rank "
                     f"{rank:.1f}, it was {highest:.1f}); the learning rate may be too high."
                 )
     for who in ("student", "teacher"):
         if now[f"cls_similarity_{who}"] > SIMILARITY > first[f"cls_similarity_{who}"]:
             out.append(
-                f"collapse: the {who}'s cls tokens of different images point the same way (mean cosine "
+                f"collapse: the {who}'s cls tokens of different images point the same way (mean "
+                f"cosine "
                 f"{now[f'cls_similarity_{who}']:.3f}); the learning rate may be too high."
             )
     return out

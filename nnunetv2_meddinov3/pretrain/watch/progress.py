@@ -49,7 +49,8 @@ class StepProgress:
             hours, seconds = divmod(round(left), 3600)
             self.say(
                 f"{self.title}: step {step}/{self.total}, loss {loss:.4f}, "
-                f"{images_per_second:.1f} images/s, {hours}:{seconds // 60:02}:{seconds % 60:02} left"
+                f"{images_per_second:.1f} images/s, {hours}:{seconds // 60:02}:{seconds % 60:02} "
+                f"left"
             )
 
     def say(self, line: str) -> None:

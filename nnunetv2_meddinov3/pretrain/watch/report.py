@@ -121,7 +121,8 @@ def _summary(metrics: list[dict[str, Any]]) -> str:
     return (
         f"{last['step']} steps, total loss {metrics[0]['loss_total']:.3f} at step "
         f"{metrics[0]['step']} and {last['loss_total']:.3f} at the last; {speed:.1f} images/s "
-        f"(median), {max(r['memory_gb'] for r in metrics):.2f} GB of memory, {skipped} of the logged "
+        f"(median), {max(r['memory_gb'] for r in metrics):.2f} GB of memory, {skipped} of the "
+        f"logged "
         "steps skipped."
     )
 
@@ -164,9 +165,12 @@ def _maps(moments: list) -> str:
         return ""
     colours, similar = maps(moments)
     return (
-        "<h2>Features of the teacher</h2><p>The same slices over time. Three principal components of "
-        "the patch tokens as red, green and blue; colours of neighbouring columns are turned to fit, "
-        f"their absolute values mean nothing.</p>{_image(colours)}<p>Cosine of every patch with the one "
+        "<h2>Features of the teacher</h2><p>The same slices over time. Three principal components "
+        "of "
+        "the patch tokens as red, green and blue; colours of neighbouring columns are turned to "
+        "fit, "
+        f"their absolute values mean nothing.</p>{_image(colours)}<p>Cosine of every patch with "
+        f"the one "
         f"at the cross.</p>{_image(similar)}"
     )
 

@@ -204,7 +204,7 @@ def test_a_mistake_is_one_sentence(dataset, tmp_path, arguments, sentence):
 
 
 def test_weights_that_are_not_there_are_one_sentence(dataset):
-    with pytest.raises(UserError, match="there is no nothing.pth"):
+    with pytest.raises(UserError, match=r"there is no nothing.pth"):
         main(["probe", "nothing.pth", "--dataset", str(dataset)])
 
 
