@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,7 @@ class SliceLoader:
             num_workers=data.workers,
             prefetch_factor=data.prefetch if data.workers else None,
             pin_memory=self._pinned,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else it draws from the global one
         )
 
@@ -169,6 +171,17 @@ class SliceLoader:
         if isinstance(content, ViewBatch):
             return content.to(self.device)
         return _views(content.to(self.device), group, self.config).to(self.device)
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Ignore what ends a run, in a worker.
+
+    SLURM and systemd signal every process of a job. The main one finishes its step and saves,
+    which takes workers that live; they end with ``_Items.close``, or when the main one is gone.
+    """
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if number := getattr(signal, name, None):  # Windows lacks SIGUSR1
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Order:
@@ -198,3 +211,6 @@ class _Items:
     def close(self) -> None:
         if shutdown := getattr(self._iterator, "_shutdown_workers", None):
             shutdown()
+            for worker in self._iterator._workers:
+                if worker.is_alive():  # stuck, and deaf to the SIGTERM it was sent
+                    worker.kill()

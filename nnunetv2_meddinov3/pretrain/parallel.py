@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -17,6 +18,8 @@ from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.encoder import GramTeacher, Student
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.schema import Engine
+
+_MOST_GRAPHS = 64  # torch gives up compiling after 8, fewer than three networks of five resolutions
 
 
 class Parallel:
@@ -70,7 +73,12 @@ class Parallel:
 
 
 def _compile(distillation: Distillation) -> None:
-    """Compile each block by itself: shapes are static, and the graphs are small."""
+    """Compile each block by itself: shapes are static, and the graphs are small.
+
+    One function serves all blocks of three networks, with a graph for each resolution of each.
+    """
+    limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo_config, limit, max(getattr(dynamo_config, limit), _MOST_GRAPHS))
     for network in _networks(distillation):
         for block in network.backbone.vit.blocks:
             block.compile(dynamic=False)

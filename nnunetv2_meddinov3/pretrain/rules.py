@@ -35,7 +35,7 @@ def _choices(c: StageConfig) -> Iterator[Broken]:
         "engine.device": (c.engine.device, ("auto", "cpu", "cuda")),
         "engine.precision": (c.engine.precision, ("auto", "bf16", "fp32")),
         "engine.parallel": (c.engine.parallel, ("ddp", "fsdp2")),
-        "engine.compile": (c.engine.compile, ("auto", "on", "off")),
+        "engine.compile": (c.engine.compile, ("auto", "always", "never")),
     }
     for key, (value, choices) in allowed.items():
         if value not in choices:

@@ -223,7 +223,7 @@ class Engine:
         micro_batch: Images per rank that are forwarded at once; None for all of a step.
         precision: ``auto`` (bf16 on a GPU that has it, else fp32), ``bf16`` or ``fp32``.
         parallel: ``ddp`` or ``fsdp2``.
-        compile: ``auto`` (on a GPU), ``on`` or ``off``; each block by itself.
+        compile: ``auto`` (on a GPU), ``always`` or ``never``; each block by itself.
         activation_checkpointing: Recompute the student's blocks in the backward pass.
         save_every: Steps between two checkpoints.
         keep_last: Checkpoints that stay.

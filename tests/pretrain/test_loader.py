@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +64,33 @@ def test_loading_leaves_the_global_random_state_alone(small_stage):
     steps(small_stage())
     assert torch.equal(before, torch.get_rng_state())
     assert (numpy_before == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+def iterator_with_a_worker(small_stage):
+    config = load_config("tiny_stage1", small_stage("data.workers=1"))
+    iterator = SliceLoader(*open_store(config), config, 0, 1, CPU).iterate()
+    first, (worker,) = next(iterator), multiprocessing.active_children()
+    return iterator, first, worker
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_every_process_of_a_job_leaves_the_workers_at_work(small_stage, name):
+    iterator, _, worker = iterator_with_a_worker(small_stage)
+    os.kill(worker.pid, getattr(signal, name))
+    later = [next(iterator)[0] for _ in range(12)]  # more than are kept ready
+    assert worker.is_alive()
+    assert equal(later[0], steps(small_stage(), start=1, count=1)[0][0])
+    iterator.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_closing_ends_a_worker_that_is_stuck(small_stage):
+    iterator, _, worker = iterator_with_a_worker(small_stage)
+    os.kill(worker.pid, signal.SIGSTOP)
+    iterator.close()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -42,16 +42,23 @@ def change(
     low, high = intensity.clip_hu
     crops = crops.clamp(low, high)
 
-    def some(probability: float, function: Callable[..., Tensor], *ranges: list[float]) -> None:
+    def some(
+        probability: float,
+        function: Callable[..., Tensor],
+        *ranges: list[float],
+        device: torch.device | str = crops.device,
+    ) -> None:
         """Apply a function to the crops that are drawn, each with values of its own."""
         nonlocal crops
         drawn = generator.random(len(crops)) < probability
         values = [generator.uniform(*r, len(crops)) for r in ranges]
         if not drawn.any():
             return
-        chosen = torch.from_numpy(np.flatnonzero(drawn)).to(crops.device)
+        chosen = torch.from_numpy(np.flatnonzero(drawn)).to(crops.device, non_blocking=True)
         settings = [
-            torch.from_numpy(v[drawn]).to(crops.device, crops.dtype)[:, None, None, None]
+            torch.from_numpy(v[drawn].astype(np.float32)[:, None, None, None]).to(
+                device, non_blocking=True
+            )
             for v in values
         ]
         crops = crops.index_copy(0, chosen, function(crops[chosen], *settings))
@@ -72,7 +79,7 @@ def change(
     )
     some(blur_probability, _blur, a.blur_sigma_pixels)
     some(a.noise_probability, lambda x, sd: x + sd * _normal(x, noise), a.noise_sd_hu)
-    some(a.low_resolution_probability, _low_resolution, a.low_resolution)
+    some(a.low_resolution_probability, _low_resolution, a.low_resolution, device="cpu")
     return crops.clamp(low, high)
 
 
@@ -103,7 +110,7 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _low_resolution(x: Tensor, zoom: Tensor) -> Tensor:
-    """Shrink and enlarge again, each crop by its own factor; the factors are read on the CPU."""
+    """Shrink and enlarge again, each crop by its own factor; the factors lie on the CPU."""
     size, out = x.shape[-1], []
     for crop, factor in zip(x, zoom.flatten().tolist(), strict=True):
         small = max(2, round(size * factor))

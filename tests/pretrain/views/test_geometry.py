@@ -3,19 +3,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nnunetv2_meddinov3.pretrain.views.geometry import Box, _matrices, crop_and_resize, draw_box
+from nnunetv2_meddinov3.pretrain.views.geometry import Box, _resize_all, crop_and_resize, draw_box
 
 
 def slices():
     g = torch.Generator().manual_seed(0)
     return torch.randn(3, 60, 80, generator=g) * 300
-
-
-def by_matrices(images, numbers, boxes, size):
-    """What runs on a GPU, here on the CPU."""
-    rows = _matrices([(b.top, b.height, False) for b in boxes], 60, size, images)
-    columns = _matrices([(b.left, b.width, b.flip) for b in boxes], 80, size, images)
-    return torch.bmm(torch.bmm(rows, images[torch.tensor(numbers)]), columns.mT)[:, None]
 
 
 BOXES = [
@@ -30,11 +23,29 @@ BOXES = [
 @pytest.mark.parametrize("size", [16, 32, 48])
 def test_the_matrices_of_the_gpu_resample_as_torch_does(size):
     images, numbers = slices(), [0, 1, 2, 0, 1]
-    found = by_matrices(images, numbers, BOXES, size)
+    found = _resize_all(images, numbers, BOXES, size)  # what runs on a GPU
     wanted = crop_and_resize(images, numbers, BOXES, size)
     assert found.shape == (5, 1, size, size)
     error = (found - wanted).abs().amax() / wanted.abs().amax()
     assert error < 1e-5
+
+
+def test_the_matrices_are_multiplied_in_full_precision_and_training_keeps_its_own(monkeypatch):
+    seen, bmm = [], torch.bmm
+
+    def watched(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return bmm(*arguments)
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch, "bmm", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        _resize_all(slices(), [0], BOXES[:1], 16)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest", "highest"]
 
 
 def test_a_crop_is_torchs_antialiased_bicubic_of_its_box():
