@@ -9,7 +9,9 @@ saturation and greyscale do nothing on grey.
 """
 
 import argparse
+import multiprocessing
 import os
+import resource
 import statistics
 import time
 
@@ -43,6 +45,7 @@ def main() -> None:
         "ours, geometry alone": ours(slices, _PLAIN),
         "torchvision, all changes": theirs(slices),
     }
+    peaks = {name: megabytes(make) for name, make in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(arguments.rounds + 1):
         for name, make in ways.items():
@@ -51,11 +54,29 @@ def main() -> None:
             if turn:  # the first warms up
                 seconds[name].append(time.process_time() - start)
     reference = statistics.median(seconds["torchvision, all changes"])
-    print(f"{'':28}images/s   ms/image   ratio")
+    print(f"{'':28}images/s   ms/image   ratio    peak MB")
     for name, times in seconds.items():
         median = statistics.median(times)
         rate, each = len(slices) / median, 1000 * median / len(slices)
-        print(f"{name:28}{rate:8.1f}   {each:8.1f}   {reference / median:5.2f} x")
+        row = f"{name:28}{rate:8.1f}   {each:8.1f}   {reference / median:5.2f} x"
+        print(f"{row}   {peaks[name]:8.0f}")
+
+
+def megabytes(make) -> float:
+    """Return what one call adds to the peak memory of a process that has made nothing yet."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure, args=(make, sender))
+    child.start()
+    added = receiver.recv()
+    child.join()
+    return added
+
+
+def _measure(make, sender) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make(0)
+    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def synthetic_slices(count: int) -> list[np.ndarray]:

@@ -97,7 +97,8 @@ def started(engine: Engine) -> Iterator[Runtime]:
             world_size=processes,
             device=device,
             precision=_precision(engine, device),
-            compile=engine.compile == "always" or (engine.compile == "auto" and device.type == "cuda"),
+            compile=engine.compile == "always"
+            or (engine.compile == "auto" and device.type == "cuda"),
         )
     finally:
         if joined:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,12 +12,21 @@ import torch
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.files import replacing
 from nnunetv2_meddinov3.pretrain import checkpoints
 from nnunetv2_meddinov3.pretrain.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.config import to_yaml
 from nnunetv2_meddinov3.pretrain.contract import intensity_of
 from nnunetv2_meddinov3.pretrain.export import export_teacher
-from nnunetv2_meddinov3.pretrain.folders import BAD_STEPS, CHECKPOINTS, EXPORT, export_path
+from nnunetv2_meddinov3.pretrain.facts import run_facts
+from nnunetv2_meddinov3.pretrain.folders import (
+    BAD_STEPS,
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    RUN_FACTS,
+    export_path,
+)
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_to_follow
 from nnunetv2_meddinov3.pretrain.observing import Observer
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
@@ -211,21 +221,27 @@ class Stage:
         )
         if self.bad_in_a_row < self.config.engine.max_bad_steps:
             return
-        path = self.folder / BAD_STEPS / f"step_{self.step:07d}_rank{self.runtime.rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fields = ("global_crops", "local_crops", "masks", "gram_crops")
-        views = [{f: getattr(b, f) for f in fields if getattr(b, f) is not None} for b in batches]
-        torch.save({"step": self.step, "losses": values, "micro_batches": views}, path)
+        where = self._keep_batch(batches, values)
         self.runtime.barrier()
         raise UserError(
             f"losses and gradients must be finite numbers, but {self.bad_in_a_row} steps in a row "
-            f"up "
-            f"to step {self.step} were not: the last batch is in {path.parent}; lower optim.lr, "
-            f"or look "
-            "for slices with absurd values (`meddinov3 store verify`). Weights and checkpoints "
-            "are as "
-            "they were before."
+            f"up to step {self.step} were not: {where}; lower optim.lr, or look for slices with "
+            "absurd values (`meddinov3 store verify`). Weights and checkpoints are as they were "
+            "before."
         )
+
+    def _keep_batch(self, batches: Sequence[ViewBatch], values: dict[str, float]) -> str:
+        """Save the views of this rank; returns where they are, in words."""
+        path = self.folder / BAD_STEPS / f"step_{self.step:07d}_rank{self.runtime.rank}.pt"
+        fields = ("global_crops", "local_crops", "masks", "gram_crops")
+        views = [{f: getattr(b, f) for f in fields if getattr(b, f) is not None} for b in batches]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                torch.save({"step": self.step, "losses": values, "micro_batches": views}, part)
+        except (OSError, RuntimeError, UserError) as error:
+            return f"the last batch could not be kept ({error})"
+        return f"the last batch is in {path.parent}"
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs; every rank must call this."""
@@ -263,7 +279,9 @@ class Stage:
         state = self.state()
         if self.runtime.is_main:
             engine = self.config.engine
-            self.checkpoints.save(self.step, state, {"config.yaml": to_yaml(self.config)})
+            facts = json.dumps(run_facts(self.runtime), indent=1) + "\n"
+            texts = {CONFIG: to_yaml(self.config), RUN_FACTS: facts}
+            self.checkpoints.save(self.step, state, texts)
             self.checkpoints.prune(engine.keep_last, engine.keep_every)
         self.runtime.barrier()
 
