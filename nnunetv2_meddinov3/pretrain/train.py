@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.files import replacing
 from nnunetv2_meddinov3.pretrain import checkpoints
+from nnunetv2_meddinov3.pretrain.bad_steps import keep_batch
 from nnunetv2_meddinov3.pretrain.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.config import to_yaml
 from nnunetv2_meddinov3.pretrain.contract import intensity_of
 from nnunetv2_meddinov3.pretrain.export import export_teacher
 from nnunetv2_meddinov3.pretrain.facts import run_facts
 from nnunetv2_meddinov3.pretrain.folders import (
-    BAD_STEPS,
     CHECKPOINTS,
     CONFIG,
     EXPORT,
@@ -221,7 +220,7 @@ class Stage:
         )
         if self.bad_in_a_row < self.config.engine.max_bad_steps:
             return
-        where = self._keep_batch(batches, values)
+        where = keep_batch(self.folder, self.step, self.runtime.rank, batches, values)
         self.runtime.barrier()
         raise UserError(
             f"losses and gradients must be finite numbers, but {self.bad_in_a_row} steps in a row "
@@ -229,19 +228,6 @@ class Stage:
             "absurd values (`meddinov3 store verify`). Weights and checkpoints are as they were "
             "before."
         )
-
-    def _keep_batch(self, batches: Sequence[ViewBatch], values: dict[str, float]) -> str:
-        """Save the views of this rank; returns where they are, in words."""
-        path = self.folder / BAD_STEPS / f"step_{self.step:07d}_rank{self.runtime.rank}.pt"
-        fields = ("global_crops", "local_crops", "masks", "gram_crops")
-        views = [{f: getattr(b, f) for f in fields if getattr(b, f) is not None} for b in batches]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as part:
-                torch.save({"step": self.step, "losses": values, "micro_batches": views}, part)
-        except (OSError, RuntimeError, UserError) as error:
-            return f"the last batch could not be kept ({error})"
-        return f"the last batch is in {path.parent}"
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs; every rank must call this."""
