@@ -91,11 +91,9 @@ def check_world(config: StageConfig, world_size: int) -> None:
         unit = world_size * group
         near = sorted({max(1, batch // unit) * unit, math.ceil(batch / unit) * unit})
         raise UserError(
-            f"optim.batch_size must be a multiple of processes times losses.koleo_group = "
-            f"{world_size} x "
-            f"{group} = {unit}, got {batch}: take {' or '.join(map(str, near))}, or another "
-            f"number of "
-            "processes."
+            "optim.batch_size must be a multiple of processes times losses.koleo_group = "
+            f"{world_size} x {group} = {unit}, got {batch}: take {' or '.join(map(str, near))}, "
+            "or another number of processes."
         )
     per_rank = batch // world_size
     if micro is not None and (micro % group or per_rank % micro):

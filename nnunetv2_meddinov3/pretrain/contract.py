@@ -48,10 +48,9 @@ def check_same_contract(metadata: dict[str, Any], config: StageConfig, where: st
     for name in ("clip", "mean", "std"):
         if not np.allclose(theirs[name], ours[name], rtol=1e-6):
             raise UserError(
-                f"a stage must keep the intensity contract of the weights it starts from, but "
-                f"{where} "
-                f"was trained with {name} {theirs[name]} HU and the config says {ours[name]}: set "
-                "intensity to the same values."
+                "a stage must keep the intensity contract of the weights it starts from, but "
+                f"{where} was trained with {name} {theirs[name]} HU and the config says "
+                f"{ours[name]}: set intensity to the same values."
             )
 
 
@@ -96,11 +95,10 @@ def check_store(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Non
         named = " and ".join(f"{n} of {KINDS[kind]}" for kind, n in sorted(foreign.items()))
         wanted = ",".join([*config.data.values, *sorted(foreign)])
         raise UserError(
-            f"the intensity contract of this run is "
-            f"{' and '.join(KINDS[k] for k in config.data.values)}, "
-            f"but {store.path} holds {len(rows)} slices, {named}: curate these into another "
-            f"store, or "
-            f"train on them too with 'data.values=[{wanted}]'."
+            "the intensity contract of this run is "
+            f"{' and '.join(KINDS[k] for k in config.data.values)}, but {store.path} holds "
+            f"{len(rows)} slices, {named}: curate these into another store, or train on them too "
+            f"with 'data.values=[{wanted}]'."
         )
 
 

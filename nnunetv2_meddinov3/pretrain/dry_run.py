@@ -31,8 +31,7 @@ def describe(config: StageConfig, a: Architecture, runtime: Runtime) -> str:
         f"  images per step        {optim.batch_size} = {runtime.world_size} processes x "
         f"{per_rank // at_once} micro-batches x {at_once}",
         f"  learning rate          {_peak(config) * factor:.3g} = {_peak(config):.3g} x "
-        f"{factor:.3f} "
-        f"(sqrt(batch / 512))",
+        f"{factor:.3f} (sqrt(batch / 512))",
     ]
     for each in crops.resolutions:
         sizes = [f"{crops.global_crops} x {_grid(each.global_size, a)}"]

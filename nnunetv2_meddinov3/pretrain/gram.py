@@ -41,8 +41,7 @@ def gram_teacher_of(
         if not any(k.startswith("gram_teacher.") for k in read_state(path)["model"]):
             raise UserError(
                 f"losses.gram.teacher=retained needs the Gram teacher of {previous}, which had "
-                f"none: "
-                "set it to previous, init or a file."
+                "none: set it to previous, init or a file."
             )
         checkpoint = read_checkpoint(
             path,

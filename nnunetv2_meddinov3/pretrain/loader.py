@@ -45,8 +45,7 @@ def _part(store: SliceStore, name: str) -> np.ndarray:
     if not path.is_file():
         raise UserError(
             f"data.part={name} needs a split of the store, but {store.path} has none: make one "
-            f"with "
-            f"`meddinov3 store split {store.path} {name}=0.9 rest=0.1`."
+            f"with `meddinov3 store split {store.path} {name}=0.9 rest=0.1`."
         )
     try:
         split = layout.unsealed(path.read_bytes(), "splits_sha256")

@@ -91,6 +91,5 @@ def check_same_run(
         raise UserError(
             f"{folder} must be continued on the slices it was started on, but the store now holds "
             f"others ({state['store']['slices']} before, {store['slices']} now): give the same "
-            f"store, "
-            "or another --out."
+            "store, or another --out."
         )

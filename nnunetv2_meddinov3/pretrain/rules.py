@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 
 from nnunetv2_meddinov3.errors import UserError
@@ -40,6 +41,9 @@ def _choices(c: StageConfig) -> Iterator[Broken]:
     for key, (value, choices) in allowed.items():
         if value not in choices:
             yield key, repr(value), f"one of {', '.join(map(str, choices))}"
+    gram = c.losses.gram.teacher
+    if gram.startswith("previous") and not re.fullmatch(r"previous(@\d+)?", gram):
+        yield "losses.gram.teacher", repr(gram), "previous or previous@STEP, with a whole number"
     for kind in c.data.values:
         if kind not in KINDS:
             yield "data.values", repr(kind), f"a list of some of {', '.join(KINDS)}"

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TextIO
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.config import available, check_world, load_config, to_yaml
+from nnunetv2_meddinov3.pretrain.config import (
+    available,
+    check_world,
+    differences,
+    from_yaml,
+    load_config,
+    to_yaml,
+)
 from nnunetv2_meddinov3.pretrain.facts import write_run_facts
-from nnunetv2_meddinov3.pretrain.folders import EXPORT, INTERRUPTED
+from nnunetv2_meddinov3.pretrain.folders import CONFIG, EXPORT, INTERRUPTED
 from nnunetv2_meddinov3.pretrain.loader import open_store
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started, world_size
 from nnunetv2_meddinov3.pretrain.schema import StageConfig
@@ -69,8 +76,7 @@ class Plan:
         if sorted(set(numbers)) != numbers:
             raise UserError(
                 f"the configs must be of different stages in their order, got stages {numbers}: "
-                f"give one "
-                "config for each stage."
+                "give one config for each stage."
             )
         chosen = [
             _load(name, number, overrides)
@@ -107,6 +113,7 @@ def run(plan: Plan, stream: TextIO) -> int:
     for config in plan.stages:
         check_world(config, world_size())
         open_store(config)
+        _check_finished(plan.folder(config), config)
     _check_chain(plan)
     with started(plan.stages[0].engine) as runtime, Stop() as stop:
         marker = plan.out / INTERRUPTED
@@ -129,6 +136,22 @@ def run(plan: Plan, stream: TextIO) -> int:
                 )
                 return 128 + (stop.number or 15)
     return 0
+
+
+def _check_finished(folder: Path, config: StageConfig) -> None:
+    """Refuse to take a finished stage for one with another config.
+
+    Raises:
+        UserError: If anything that changes results differs.
+    """
+    if not (folder / EXPORT).is_file() or not (folder / CONFIG).is_file():
+        return
+    before = from_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+    if changed := differences(before, config):
+        raise UserError(
+            f"{folder} is finished with another config ({'; '.join(changed[:3])}): give the same "
+            "values, or another --out."
+        )
 
 
 def _check_chain(plan: Plan) -> None:
@@ -157,10 +180,9 @@ def _check_chain(plan: Plan) -> None:
             if step not in source.engine.export_at or step > source.optim.steps:
                 raise UserError(
                     f"losses.gram.teacher={gram} needs the teacher of stage {source.stage} at "
-                    f"step {step}, "
-                    f"but that stage exports at {list(source.engine.export_at)} of "
-                    f"{source.optim.steps} "
-                    f"steps: set stage{source.stage}.engine.export_at=[{step}]."
+                    f"step {step}, but that stage exports at {list(source.engine.export_at)} of "
+                    f"{source.optim.steps} steps: set "
+                    f"stage{source.stage}.engine.export_at=[{step}]."
                 )
 
 

@@ -185,6 +185,5 @@ def _check_heads(student: Student, config: StageConfig, source: Path) -> None:
             raise UserError(
                 f"the heads of {source} must have the sizes of heads.{name}, but they differ "
                 f"({len(found['last_layer.weight'])} prototypes there, {head.prototypes} here): "
-                f"give "
-                "the same sizes."
+                "give the same sizes."
             )

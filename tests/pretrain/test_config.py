@@ -71,6 +71,7 @@ def test_the_papers_values_are_in_the_configs(size):
         ("masks.probability=1.5", "masks.probability must be between 0 and 1"),
         ("model.size=vit_huge", "model.size must be one of vit_tiny"),
         ("engine.device=gpu", "engine.device must be one of auto, cpu, cuda"),
+        ("losses.gram.teacher=previous@x", "must be previous or previous@STEP"),
         ("engine.compile=on", "engine.compile must be one of auto, always, never"),
         ("engine.parallel=fsdp", "engine.parallel must be one of ddp, fsdp2"),
         ("augment.blur_probability=[0.5]", "augment.blur_probability must be three numbers"),

@@ -76,6 +76,12 @@ def test_a_finished_run_is_left_alone(three_stages, capsys):
     assert capsys.readouterr().err.count("is finished") == 3
 
 
+def test_a_finished_stage_is_not_taken_for_one_with_another_config(three_stages):
+    _, words = three_stages
+    with pytest.raises(UserError, match=r"finished with another config \(optim.clip_grad is 1"):
+        pretrain(*words, "stage2.optim.clip_grad=1")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -126,14 +126,12 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
         out.append(
             "the teacher's targets are uniform (entropy "
             f"{100 * now['cls_target_entropy_share']:.1f} % of the most there is): they say "
-            f"nothing, so "
-            "nothing is learnt; lower losses.teacher_temp or optim.lr."
+            "nothing, so nothing is learnt; lower losses.teacher_temp or optim.lr."
         )
     if now["prototypes_used"] < USED:
         out.append(
             f"only {100 * now['prototypes_used']:.1f} % of the prototypes a batch could use are "
-            f"used: "
-            "images fall into a few clusters; raise the batch or lower optim.lr."
+            "used: images fall into a few clusters; raise the batch or lower optim.lr."
         )
     lowest = min(each["loss"] for each in history)
     if len(history) > 2 and now["loss"] > DIVERGED * lowest + 1:
@@ -144,8 +142,7 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     if now.get("update") is not None and now["update"] < STILL:
         out.append(
             "the weights do not change: optim.lr is 0 or every step is skipped; look at optim.lr "
-            "and "
-            "at the steps that were skipped."
+            "and at the steps that were skipped."
         )
     return out
 
@@ -159,14 +156,12 @@ def _collapse(history: list[dict[str, Any]]) -> list[str]:
             if rank < max(RANK_FLOOR, RANK_SHARE * highest):
                 out.append(
                     f"collapse: the {who} gives all {what} nearly the same features (effective "
-                    f"rank "
-                    f"{rank:.1f}, it was {highest:.1f}); the learning rate may be too high."
+                    f"rank {rank:.1f}, it was {highest:.1f}); the learning rate may be too high."
                 )
     for who in ("student", "teacher"):
         if now[f"cls_similarity_{who}"] > SIMILARITY > first[f"cls_similarity_{who}"]:
             out.append(
                 f"collapse: the {who}'s cls tokens of different images point the same way (mean "
-                f"cosine "
-                f"{now[f'cls_similarity_{who}']:.3f}); the learning rate may be too high."
+                f"cosine {now[f'cls_similarity_{who}']:.3f}); the learning rate may be too high."
             )
     return out

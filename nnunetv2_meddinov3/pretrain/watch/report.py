@@ -122,8 +122,7 @@ def _summary(metrics: list[dict[str, Any]]) -> str:
         f"{last['step']} steps, total loss {metrics[0]['loss_total']:.3f} at step "
         f"{metrics[0]['step']} and {last['loss_total']:.3f} at the last; {speed:.1f} images/s "
         f"(median), {max(r['memory_gb'] for r in metrics):.2f} GB of memory, {skipped} of the "
-        f"logged "
-        "steps skipped."
+        "logged steps skipped."
     )
 
 
@@ -165,13 +164,10 @@ def _maps(moments: list) -> str:
         return ""
     colours, similar = maps(moments)
     return (
-        "<h2>Features of the teacher</h2><p>The same slices over time. Three principal components "
-        "of "
-        "the patch tokens as red, green and blue; colours of neighbouring columns are turned to "
-        "fit, "
-        f"their absolute values mean nothing.</p>{_image(colours)}<p>Cosine of every patch with "
-        f"the one "
-        f"at the cross.</p>{_image(similar)}"
+        "<h2>Features of the teacher</h2><p>The same slices over time. Three principal "
+        "components of the patch tokens as red, green and blue; colours of neighbouring columns "
+        f"are turned to fit, their absolute values mean nothing.</p>{_image(colours)}<p>Cosine of "
+        f"every patch with the one at the cross.</p>{_image(similar)}"
     )
 
 

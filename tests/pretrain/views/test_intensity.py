@@ -64,6 +64,11 @@ def test_noise_has_the_standard_deviation_that_is_asked_for():
     assert not torch.equal(out[0], out[1])
 
 
+def test_what_noise_adds_beyond_the_range_is_clipped():
+    out = changed(torch.full((2, 1, 16, 16), 990.0), noise_probability=1, noise_sd_hu=[50, 50])
+    assert out.max() == 1000
+
+
 def test_low_resolution_takes_away_detail_and_keeps_the_mean():
     x = crops(2)
     out = changed(x, low_resolution_probability=1, low_resolution=[0.5, 0.5])
