@@ -84,12 +84,10 @@ def check_store(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Non
             f"losses.koleo_group={group} needs at least {group} slices, but {store.path} holds "
             f"{len(rows)}: curate more volumes, or make the group smaller."
         )
-    kinds = Counter(
-        _kind(modality, windowed)
-        for modality, windowed in zip(
-            table["modality"].to_pylist(), table["windowed"].to_pylist(), strict=True
-        )
-    )
+    counted = table.group_by(["modality", "windowed"]).aggregate([([], "count_all")])
+    kinds: Counter[str] = Counter()
+    for each in counted.to_pylist():
+        kinds[_kind(each["modality"], each["windowed"])] += each["count_all"]
     foreign = {kind: count for kind, count in kinds.items() if kind not in config.data.values}
     if foreign:
         named = " and ".join(f"{n} of {KINDS[kind]}" for kind, n in sorted(foreign.items()))

@@ -64,11 +64,15 @@ def slices_to_follow(store: SliceStore, rows: np.ndarray, config: StageConfig) -
     Raises:
         UserError: If one cannot be read.
     """
-    table = store.rows.select(["volume_id", "body_fraction"]).take(rows)
-    volumes = np.unique(np.array(table["volume_id"].to_pylist()), return_inverse=True)[1]
-    chosen = spread_rows(volumes, table["body_fraction"].to_numpy())
+    chosen = spread_rows(_volumes(store, rows), store.rows["body_fraction"].to_numpy()[rows])
     images = [store[int(rows[place])][0] for place in chosen]
     return fixed_slices(images, tuple(config.intensity.clip_hu))
+
+
+def _volumes(store: SliceStore, rows: np.ndarray) -> np.ndarray:
+    """Return the number of each row's volume."""
+    names = pc.dictionary_encode(store.rows["volume_id"].cast("string")).combine_chunks()
+    return np.asarray(names.indices)[rows]
 
 
 class _Failure(str):
@@ -117,9 +121,11 @@ class SliceLoader:
         world_size: int,
         device: torch.device,
     ) -> None:
-        volumes = pc.dictionary_encode(store.rows["volume_id"].cast("string")).combine_chunks()
-        numbers = np.asarray(volumes.indices)[rows]
-        self.sampler, self.config, self.device = Sampler(rows, numbers, config), config, device
+        self.sampler, self.config, self.device = (
+            Sampler(rows, _volumes(store, rows), config),
+            config,
+            device,
+        )
         self.rank, self.world_size = rank, world_size
         on_device = config.data.views_on == "device" or (
             config.data.views_on == "auto" and device.type == "cuda"

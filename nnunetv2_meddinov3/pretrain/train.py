@@ -79,6 +79,7 @@ class Stage:
             self._resume(Resumed.of(state, runtime))
         elif self.start.optimizer is not None:
             checkpoints.load_optimizer(self.distillation, self.optimizer, self.start.optimizer)
+            self.start.optimizer = None  # as large as two students
         self.loader = SliceLoader(
             store, rows, config, runtime.rank, runtime.world_size, runtime.device
         )
@@ -134,10 +135,10 @@ class Stage:
                 stopped = self.one_step(micro_batches, stop)
                 self.step += 1
                 at_end = self.step == steps
+                if self.step in engine.export_at:  # before saving: a resume must not miss it
+                    self.export(export_path(self.folder, self.step))
                 if stopped or at_end or self.step % engine.save_every == 0:
                     self.save()
-                if self.step in engine.export_at:
-                    self.export(export_path(self.folder, self.step))
                 self.observer.after_step(self.step)
                 if stopped and not at_end:
                     self.observer.report()
