@@ -48,6 +48,11 @@ class ViewBatch:
         move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
         return ViewBatch(*map(move, self._tensors()), self.images, move(self.masked))
 
+    def pin_memory(self) -> ViewBatch:
+        """Return the batch in memory that a GPU reads without waiting."""
+        pinned = [None if t is None else t.pin_memory() for t in (*self._tensors(), self.masked)]
+        return ViewBatch(*pinned[:-1], self.images, pinned[-1])
+
     def split(self, images: int) -> list[ViewBatch]:
         """Cut into micro-batches of ``images`` images, in their order.
 
