@@ -66,7 +66,6 @@ class Distillation(nn.Module):
         teacher_temp: Temperature of the targets; set for every step.
         local_weight: Factor of the local DINO term; set for every step.
         gram_weight: Factor of the Gram loss; set for every step.
-        student_forward: What runs the student: itself, or DDP around it.
         seen: Detached tensors of the last ``losses``, for the figures of health.
     """
 
@@ -84,13 +83,22 @@ class Distillation(nn.Module):
             if frozen is not None:
                 frozen.requires_grad_(False)
         self.teacher_temp, self.local_weight, self.gram_weight = 0.07, 1.0, 0.0
-        self.student_forward: Callable = student
+        self._runner: tuple[Callable] = (student,)
         self.seen: dict[str, Tensor] = {}
         self.dino_loss = DINOLoss(options.student_temp)
         self.ibot_loss = IBOTLoss(options.student_temp)
         self.koleo_loss = KoLeoLoss(options.koleo_group)
         self.gram_loss = GramLoss(options.remove_negatives)
         self.train()
+
+    @property
+    def student_forward(self) -> Callable:
+        """What runs the student: itself, or DDP around it."""
+        return self._runner[0]
+
+    def run_student_by(self, runner: Callable) -> None:
+        """Let DDP run the student; in a tuple, as a module would register as a second student."""
+        self._runner = (runner,)
 
     def train(self, mode: bool = True) -> Distillation:
         """Switch the student alone: the teachers are always in evaluation mode."""

@@ -29,7 +29,7 @@ class Parallel:
     in the same way. Under FSDP2 teachers are sharded as the student is.
 
     Args:
-        distillation: On its device; ``student_forward`` is set.
+        distillation: On its device; DDP is put around its student.
         engine: ``parallel`` says which way.
         runtime: This process.
     """
@@ -50,7 +50,7 @@ class Parallel:
                 broadcast_buffers=False,  # rotary periods never change
                 gradient_as_bucket_view=True,
             )
-            distillation.student_forward = self._ddp
+            distillation.run_student_by(self._ddp)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

@@ -142,33 +142,33 @@ def test_a_wrong_number_of_processes_is_one_sentence(small_stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_two_ranks_goes_on_on_one(small_stage, tmp_path):
-    words = ["tiny", "--stage", "1", "engine.save_every=2", "model.drop_path=0"]
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_a_run_on_two_ranks_goes_on_on_two_and_on_one(small_stage, tmp_path, way):
+    words = ["tiny", "--stage", "1", *small_stage("optim.steps=4", "engine.save_every=2")]
+    words += ["model.drop_path=0", f"engine.parallel={way}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
-    def run(out, steps, *launcher):
-        command = [*launcher, "-m", "nnunetv2_meddinov3", "pretrain", *words, "--out", str(out)]
-        command += [*small_stage(f"optim.steps={steps}"), "model.drop_path=0"]
+    def run(name, *launcher):
+        command = [*launcher, "-m", "nnunetv2_meddinov3", "pretrain", *words]
+        command += ["--out", str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        path = tmp_path / name / "stage1/checkpoints/step_0000004/state.pt"
+        return torch.load(path, weights_only=True)
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run(tmp_path / "whole", 6, sys.executable)
-    run(tmp_path / "mixed", 6, *torchrun)
-    mixed = tmp_path / "mixed/stage1"
-    states = {
-        n: torch.load(f / "checkpoints/step_0000006/state.pt", weights_only=True)["model"]
-        for n, f in (("whole", tmp_path / "whole/stage1"), ("mixed", mixed))
-    }
-    for name, tensor in states["whole"].items():
-        torch.testing.assert_close(states["mixed"][name], tensor, rtol=0, atol=2e-4)
-    shutil.rmtree(mixed / "checkpoints/step_0000006")
-    (mixed / "teacher.safetensors").unlink()
-    run(tmp_path / "mixed", 6, sys.executable)  # from step 4, which two ranks saved
-    again = torch.load(mixed / "checkpoints/step_0000006/state.pt", weights_only=True)
-    assert again["world_size"] == 1
-    for name, tensor in states["mixed"].items():
-        torch.testing.assert_close(again["model"][name], tensor, rtol=0, atol=2e-4)
+    whole = run("whole", *torchrun)
+    assert {key.partition(".")[0] for key in whole["model"]} == {"student", "teacher"}
+    for name, launcher in (("two", torchrun), ("one", [sys.executable])):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "stage1/checkpoints/step_0000004")
+        (tmp_path / name / "stage1/teacher.safetensors").unlink()
+        again = run(name, *launcher)  # from step 2, which two ranks saved
+        assert again["world_size"] == (2 if name == "two" else 1)
+        assert again["optimizer"]["state"].keys() == whole["optimizer"]["state"].keys()
+        for key, tensor in whole["model"].items():
+            tolerance = 0 if name == "two" else 2e-4
+            torch.testing.assert_close(again["model"][key], tensor, rtol=0, atol=tolerance)
 
 
 def test_a_dry_run_says_sizes_memory_and_time_and_writes_nothing(
