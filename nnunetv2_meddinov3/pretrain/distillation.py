@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.batch import ViewBatch
-from nnunetv2_meddinov3.pretrain.encoder import GramTeacher, Student
+from nnunetv2_meddinov3.pretrain.encoder import GramTeacher, Outputs, Student
 from nnunetv2_meddinov3.pretrain.losses import (
     DINOLoss,
     GramLoss,
@@ -122,8 +122,9 @@ class Distillation(nn.Module):
             One for each.
         """
         outputs = [self.teacher(batch.global_crops, batch.masked) for batch in batches]
-        cls = sinkhorn_knopp(torch.cat([o.dino_global for o in outputs]), self.teacher_temp)
-        patches = sinkhorn_knopp(torch.cat([o.ibot for o in outputs]), self.teacher_temp)
+        with _without_autocast(batches[0].global_crops):
+            cls = sinkhorn_knopp(torch.cat([o.dino_global for o in outputs]), self.teacher_temp)
+            patches = sinkhorn_knopp(torch.cat([o.ibot for o in outputs]), self.teacher_temp)
         cls_parts = cls.split([len(o.dino_global) for o in outputs])
         patch_parts = patches.split([len(o.ibot) for o in outputs])
         return [
@@ -157,7 +158,23 @@ class Distillation(nn.Module):
             local_crops=batch.local_crops,
             generator=generator,
         )
-        crops = len(targets.cls)
+        anchor = self._anchor(targets, batch)
+        with _without_autocast(batch.global_crops):
+            losses = self._compare(out, targets, anchor, batch)
+        self.seen = {
+            "cls_student": out.cls_global.detach(),
+            "patches_student": out.patches_global.detach(),
+            "cls_teacher": targets.cls_features,
+            "patches_teacher": targets.patch_features,
+            "cls_targets": targets.cls.flatten(0, 1),
+            "patch_targets": targets.patches,
+        }
+        return losses
+
+    def _compare(
+        self, out: Outputs, targets: Targets, anchor: Tensor | None, batch: ViewBatch
+    ) -> dict[str, Tensor]:
+        crops, local_crops = len(targets.cls), len(batch.local_crops) // batch.images
         by_crop = lambda t: t.unflatten(0, (-1, batch.images))  # noqa: E731
         losses = {
             "dino_local": self.dino_loss(by_crop(out.dino_local), targets.cls),
@@ -170,17 +187,12 @@ class Distillation(nn.Module):
             "ibot": self.ibot_loss(out.ibot, targets.patches, batch.masks, batch.masked),
         }
         if self.options.gram:
-            losses["gram"] = self._gram(out.patches_global, targets, batch)
-        local_crops = len(batch.local_crops) // batch.images
+            losses["gram"] = (
+                out.patches_global.new_zeros((), dtype=torch.float32)
+                if anchor is None
+                else self.gram_loss(out.patches_global, anchor)
+            )
         losses["total"] = self._total(losses, crops, local_crops)
-        self.seen = {
-            "cls_student": out.cls_global.detach(),
-            "patches_student": out.patches_global.detach(),
-            "cls_teacher": targets.cls_features,
-            "patches_teacher": targets.patch_features,
-            "cls_targets": targets.cls.flatten(0, 1),
-            "patch_targets": targets.patches,
-        }
         return losses
 
     def _total(self, losses: dict[str, Tensor], crops: int, local_crops: int) -> Tensor:
@@ -200,23 +212,22 @@ class Distillation(nn.Module):
         )
         return total + self.gram_weight * losses["gram"] if "gram" in losses else total
 
-    def _gram(self, student: Tensor, targets: Targets, batch: ViewBatch) -> Tensor:
-        """Gram loss of the masked student's patches; 0 without a forward while its weight is 0."""
-        if self.gram_weight == 0:
-            return student.new_zeros((), dtype=torch.float32)
+    @torch.no_grad()
+    def _anchor(self, targets: Targets, batch: ViewBatch) -> Tensor | None:
+        """Patch tokens the Gram loss holds on to; None, without a forward, while its weight is 0."""
+        if not self.options.gram or self.gram_weight == 0:
+            return None
         if self.options.gram_from_teacher:
-            return self.gram_loss(student, targets.patch_features)
+            return targets.patch_features
         if self.gram_teacher is None or batch.gram_crops is None:
             raise ValueError("Gram anchoring needs a Gram teacher and Gram crops, got one without")
-        with torch.no_grad():
-            tokens = self.gram_teacher(batch.gram_crops)
-            patch = self.gram_teacher.backbone.patch_size
-            tokens = resize_tokens(
-                tokens,
-                tuple(side // patch for side in batch.gram_crops.shape[-2:]),
-                tuple(side // patch for side in batch.global_crops.shape[-2:]),
-            )
-        return self.gram_loss(student, tokens)
+        tokens = self.gram_teacher(batch.gram_crops)
+        patch = self.gram_teacher.backbone.patch_size
+        return resize_tokens(
+            tokens,
+            tuple(side // patch for side in batch.gram_crops.shape[-2:]),
+            tuple(side // patch for side in batch.global_crops.shape[-2:]),
+        )
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -240,6 +251,11 @@ def resize_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]
     maps = tokens.float().transpose(1, 2).unflatten(2, grid)
     maps = F.interpolate(maps, target, mode="bicubic", align_corners=False, antialias=False)
     return maps.flatten(2).transpose(1, 2)
+
+
+def _without_autocast(where: Tensor) -> torch.autocast:
+    """Keep losses and targets in fp32: autocast runs products of fp32 tensors in bf16."""
+    return torch.autocast(where.device.type, enabled=False)
 
 
 def _tensors(backbone: Backbone) -> list[Tensor]:

@@ -154,6 +154,38 @@ def test_clipped_gradients_are_the_recorded_ones():
         assert ours.tolist() == pytest.approx(theirs, rel=1e-5, abs=2e-7)
 
 
+def test_targets_and_losses_are_computed_in_fp32_under_autocast():
+    distillation = recorded_networks(LossOptions(gram=True))
+    batch = recorded_batch()
+    arguments = {"masks": batch.masks, "local_crops": batch.local_crops}
+    with torch.no_grad():
+        student = distillation.student(batch.global_crops, batch.masked, **arguments)
+        teacher = distillation.teacher(batch.global_crops, batch.masked)
+        anchor = distillation.gram_teacher(batch.gram_crops)
+    # the networks give the same tokens both times, so that all that can differ is what follows
+    distillation.student.forward = lambda *args, **kwargs: student
+    distillation.teacher.forward = lambda *args, **kwargs: teacher
+    distillation.gram_teacher.forward = lambda *args, **kwargs: anchor
+    wanted, wanted_targets = distillation.losses(batch), distillation.targets([batch])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, targets = distillation.losses(batch), distillation.targets([batch])[0]
+    for ours, theirs in zip(targets, wanted_targets, strict=True):
+        assert torch.equal(ours, theirs)
+    assert found == wanted
+    assert {loss.dtype for loss in found.values()} == {torch.float32}
+
+
+def test_the_networks_still_run_in_bf16_under_autocast():
+    distillation = recorded_networks(LossOptions(gram=True))
+    dtypes = set()
+    for network in (distillation.student, distillation.teacher, distillation.gram_teacher):
+        mlp = network.backbone.vit.blocks[0].mlp
+        mlp.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        distillation.losses(recorded_batch())
+    assert dtypes == {torch.bfloat16}
+
+
 def test_teachers_get_no_gradient_and_stay_in_evaluation_mode():
     distillation = recorded_networks(LossOptions(gram=True))
     distillation.train()
