@@ -214,7 +214,7 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def _anchor(self, targets: Targets, batch: ViewBatch) -> Tensor | None:
-        """Patch tokens the Gram loss holds on to; None, without a forward, while its weight is 0."""
+        """Patch tokens the Gram loss holds on to; None, and no forward, while its weight is 0."""
         if not self.options.gram or self.gram_weight == 0:
             return None
         if self.options.gram_from_teacher:
