@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnunetv2_meddinov3.pretrain.data import layout
-from nnunetv2_meddinov3.pretrain.data.fingerprints import perceptual_hash, slice_sha256
-from nnunetv2_meddinov3.pretrain.data.indexing import build_index
-from nnunetv2_meddinov3.pretrain.data.records import SliceRecord, VolumeRecord
-from nnunetv2_meddinov3.pretrain.data.store import SliceStore
-from nnunetv2_meddinov3.pretrain.data.writing import StoreWriter
+from nnunetv2_meddinov3.store import layout
+from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
+from nnunetv2_meddinov3.store.index import build_index
+from nnunetv2_meddinov3.store.reader import SliceStore
+from nnunetv2_meddinov3.store.records import SliceRecord, VolumeRecord
+from nnunetv2_meddinov3.store.writer import StoreWriter
 
 CT_3M = 3_868_833  # slices
 OPTIONS = {"benchmark": True}
@@ -39,7 +39,7 @@ OPEN = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from nnunetv2_meddinov3.pretrain.data.store import SliceStore
+from nnunetv2_meddinov3.store.reader import SliceStore
 
 def own_mb():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

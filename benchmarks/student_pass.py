@@ -19,7 +19,7 @@ from timm.layers import DropPath
 
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.encoder import Noise, encode, pack_blocks
+from nnunetv2_meddinov3.pretrain.student import Noise, encode, pack_blocks
 
 _RATE = 0.3
 

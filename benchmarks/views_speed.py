@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from nnunetv2_meddinov3.phantom import make_phantom
+from nnunetv2_meddinov3.demo.phantom import make_phantom
 from nnunetv2_meddinov3.pretrain.config import load_config
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
 

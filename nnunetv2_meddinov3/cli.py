@@ -44,11 +44,11 @@ VERBS = {
     ),
     "curate": Verb(
         "bring CT and MR volumes into a store of slices for pretraining",
-        "nnunetv2_meddinov3.pretrain.data.curate_cli:main",
+        "nnunetv2_meddinov3.curate.cli:main",
     ),
     "store": Verb(
         "verify, merge, split or export a store of slices",
-        "nnunetv2_meddinov3.pretrain.data.store_cli:main",
+        "nnunetv2_meddinov3.store.cli:main",
     ),
     "pretrain": Verb(
         "adapt a ViT to the slices of a store, in three resumable stages",
@@ -64,7 +64,7 @@ VERBS = {
     ),
     "demo": Verb(
         "plan, train and predict on synthetic CT, or on a dataset of yours, and report",
-        "nnunetv2_meddinov3.demo:main",
+        "nnunetv2_meddinov3.demo.demo:main",
     ),
     "doctor": Verb(
         "say what is wrong with this installation and how to mend it",

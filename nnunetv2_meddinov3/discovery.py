@@ -76,8 +76,8 @@ def resolve(name: str) -> type:
 
     Raises:
         AttributeError: The name is not ours.
-        UserError: The name is ours and our package, or one it needs, cannot be imported. Being a
-            ``SystemExit`` it is not mistaken for "no such class" by ``hasattr``.
+        UserError: The name is ours and our package, or one it needs, cannot be imported. As it is
+            no ``AttributeError``, ``hasattr`` does not mistake it for "no such class".
     """
     module_name = TRAINERS.get(name) or PLANNERS.get(name)
     if module_name is None:

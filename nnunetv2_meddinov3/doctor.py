@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_meddinov3 import __version__, cli, discovery, settings
+from nnunetv2_meddinov3.errors import UserError
 
 # Runs in a process of its own, because in this one the command line has registered our names.
 _STOCK_SEARCH = """
@@ -31,9 +32,9 @@ def find_planner(name):
 def complaint(search, name):
     try:
         search(name)
-    except SystemExit as error:  # ours: the class is there but cannot be imported
-        return str(error)
     except Exception as error:
+        if type(error).__name__ == "UserError":  # ours: the class is there but cannot be imported
+            return str(error)
         print(error, file=sys.stderr)
         return "nnU-Net does not find it, for want of the discovery above"
     return ""
@@ -96,7 +97,7 @@ def examine() -> Iterator[Finding]:
     for subject, check in checks.items():
         try:
             yield from check()
-        except SystemExit as error:  # a UserError is a sentence already
+        except UserError as error:
             yield Finding(False, subject, str(error))
         except Exception as error:
             yield Finding(False, subject, discovery.explain_import_error(error))
@@ -194,7 +195,7 @@ def examine_variables() -> Iterator[Finding]:
 
 def examine_weights() -> Iterator[Finding]:
     """Whether the weights that ``-tr MedDINOv3Trainer`` would start from are within reach."""
-    from nnunetv2_meddinov3.models.sources import describe_weights_source
+    from nnunetv2_meddinov3.models.resolve import describe_weights_source
 
     value = settings.weights_setting() or discovery.resolve("MedDINOv3Trainer").weights
     ok, sentence = describe_weights_source(value)

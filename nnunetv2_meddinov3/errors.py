@@ -1,9 +1,40 @@
-"""The one exception for mistakes a user can make."""
+"""The one exception for mistakes a user can make, and the first line of anybody else's."""
+
+import sys
+from types import TracebackType
 
 
-class UserError(SystemExit, ValueError):
-    """A mistake the user can mend: what must hold, what came, what to do, in one sentence.
+class UserError(ValueError):
+    """A mistake the user can fix: what must hold, what came, what to do, in one sentence.
 
-    As a ``SystemExit`` it leaves nnU-Net's own commands with the sentence alone on stderr and exit
-    code 1, without a traceback; as a ``ValueError`` it can be caught in Python like any other.
+    Where nobody catches it, also in nnU-Net's own commands, the sentence alone goes to stderr and
+    the exit code is 1; there is no traceback.
     """
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return what an error of another library says, short enough to be quoted in a sentence.
+
+    Args:
+        error: An ``OSError`` gives the system's words, any other its first line, or its class
+            where it says nothing.
+        limit: Characters at most.
+    """
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(said).strip().splitlines()[0].rstrip(".")[:limit]
+
+
+def _show_sentences_alone() -> None:
+    """Let uncaught ``UserError``s end the process with their sentence, and leave others as is."""
+    show_others = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, UserError):
+            sys.stderr.write(f"{error}\n")
+        else:
+            show_others(kind, error, trace)
+
+    sys.excepthook = show
+
+
+_show_sentences_alone()

@@ -164,11 +164,12 @@ def test_our_variables_are_listed_and_typing_mistakes_found(monkeypatch):
 
 @pytest.mark.slow
 def test_without_the_variable_the_trainers_own_weights_are_looked_for(monkeypatch):
-    from nnunetv2_meddinov3.models import sources
+
+    from nnunetv2_meddinov3.models import resolve
 
     asked = []
     monkeypatch.setattr(
-        sources, "describe_weights_source", lambda value: (asked.append(value), (True, "there"))[1]
+        resolve, "describe_weights_source", lambda value: (asked.append(value), (True, "there"))[1]
     )
     monkeypatch.delenv("MEDDINOV3_WEIGHTS", raising=False)
     assert list(doctor.examine_weights()) == [(True, "weights", "there")]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from matplotlib.lines import Line2D
 
-from nnunetv2_meddinov3.evaluation.report import (
+from nnunetv2_meddinov3.demo.report import (
     DiceTable,
     foreground_labels,
     format_dice,

@@ -11,10 +11,10 @@ from torch import Tensor
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.models.files import read_files
 from nnunetv2_meddinov3.models.formats import listing, parse_state_dict
+from nnunetv2_meddinov3.models.resolve import resolve_source
 from nnunetv2_meddinov3.models.segmenter import Segmenter, resolve_layers
-from nnunetv2_meddinov3.models.sources import resolve_source
+from nnunetv2_meddinov3.models.tensor_files import read_files
 from nnunetv2_meddinov3.models.weights import (
     Checkpoint,
     checkpoint_from,

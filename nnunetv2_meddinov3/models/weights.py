@@ -14,8 +14,8 @@ from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.models.files import METADATA_KEY, read_files, replacing
 from nnunetv2_meddinov3.models.formats import Parsed, listing, parse_state_dict
+from nnunetv2_meddinov3.models.tensor_files import METADATA_KEY, read_files, replacing
 
 DINOV3_LICENCE = (
     "DINOv3 License (Meta, https://ai.meta.com/resources/models-and-libraries/dinov3-license/)"

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _read(args: argparse.Namespace) -> Any:
-    from nnunetv2_meddinov3.models.sources import resolve_source
+    from nnunetv2_meddinov3.models.resolve import resolve_source
 
     names = ("norm_eps", "rope_dtype", "num_heads")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
@@ -109,8 +109,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from nnunetv2_meddinov3.models.files import copy_whole
-    from nnunetv2_meddinov3.models.sources import fetch, parse_source
+    from nnunetv2_meddinov3.models.resolve import fetch, parse_source
+    from nnunetv2_meddinov3.models.tensor_files import copy_whole
     from nnunetv2_meddinov3.models.weights import read_checkpoint
 
     if parse_source(args.source).kind not in ("timm", "hf"):

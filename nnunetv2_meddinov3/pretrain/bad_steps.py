@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.files import replacing
-from nnunetv2_meddinov3.pretrain.batch import ViewBatch
+from nnunetv2_meddinov3.models.tensor_files import replacing
 from nnunetv2_meddinov3.pretrain.folders import BAD_STEPS
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 
 _FIELDS = ("global_crops", "local_crops", "masks", "gram_crops")
 

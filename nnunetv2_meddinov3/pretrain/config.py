@@ -17,7 +17,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.rules import check
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
+    KINDS,
+    Augment,
+    Data,
+    Engine,
+    Gram,
+    Head,
+    Heads,
+    Init,
+    Intensity,
+    Losses,
+    Masks,
+    Model,
+    Optim,
+    Resolution,
+    Schedule,
+    StageConfig,
+)
 
 _SHIPPED = Path(__file__).parent / "configs"
 # sections and keys that say where things lie and how fast they go

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from nnunetv2_meddinov3.models.architecture import Architecture
-from nnunetv2_meddinov3.pretrain.schema import Head, Resolution, StageConfig
+from nnunetv2_meddinov3.pretrain.config import Head, Resolution, StageConfig
 
 _SHOWN_BY_IBOT = (
     0.3  # masked patches per image as a share of a global crop's: 2 x 0.5 x mean(0.1, 0.5)

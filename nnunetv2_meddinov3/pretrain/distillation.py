@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.batch import ViewBatch
-from nnunetv2_meddinov3.pretrain.encoder import GramTeacher, Outputs, Student
 from nnunetv2_meddinov3.pretrain.losses import (
     DINOLoss,
     GramLoss,
@@ -20,6 +18,8 @@ from nnunetv2_meddinov3.pretrain.losses import (
     KoLeoLoss,
     sinkhorn_knopp,
 )
+from nnunetv2_meddinov3.pretrain.student import GramTeacher, Outputs, Student
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import save_backbone
-from nnunetv2_meddinov3.pretrain.contract import intensity_of
-from nnunetv2_meddinov3.pretrain.facts import versions
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.pretrain.config import StageConfig
+from nnunetv2_meddinov3.pretrain.intensity import intensity_of
+from nnunetv2_meddinov3.pretrain.provenance import versions
 from nnunetv2_meddinov3.pretrain.starting import Start
 
 _BRANCH = "teacher.backbone."

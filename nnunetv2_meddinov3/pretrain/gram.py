@@ -10,9 +10,9 @@ from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import resolve_source
 from nnunetv2_meddinov3.models.weights import read_checkpoint
 from nnunetv2_meddinov3.pretrain.checkpoints import read_state
+from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.folders import EXPORT, export_path
 from nnunetv2_meddinov3.pretrain.origins import fitted, state_of
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
 
 
 def gram_teacher_of(

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.batch import ViewBatch, join
-from nnunetv2_meddinov3.pretrain.contract import check_store
-from nnunetv2_meddinov3.pretrain.data import layout
-from nnunetv2_meddinov3.pretrain.data.store import SliceStore
+from nnunetv2_meddinov3.pretrain.config import StageConfig
+from nnunetv2_meddinov3.pretrain.intensity import check_store
+from nnunetv2_meddinov3.pretrain.monitor.features import fixed_slices, spread_rows
 from nnunetv2_meddinov3.pretrain.sampling import Group, Sampler
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
-from nnunetv2_meddinov3.pretrain.watch.features import fixed_slices, spread_rows
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
+from nnunetv2_meddinov3.store import layout
+from nnunetv2_meddinov3.store.reader import SliceStore
 
 
 def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:

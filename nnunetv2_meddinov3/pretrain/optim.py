@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.encoder import Student
+from nnunetv2_meddinov3.pretrain.config import Optim
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.naming import meta_name
-from nnunetv2_meddinov3.pretrain.schema import Optim
+from nnunetv2_meddinov3.pretrain.student import Student
 
 PARTS = ("backbone", "dino_head", "ibot_head")
 

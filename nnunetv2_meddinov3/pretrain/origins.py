@@ -14,8 +14,8 @@ from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
 from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.pretrain.checkpoints import CheckpointFolder
+from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.folders import CHECKPOINTS
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
 
 
 def fitted(checkpoint: Checkpoint, config: StageConfig, source: str) -> Backbone:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [word for word in arguments.words if "=" in word]
     # Imported here because `--help` need not wait for torch.
     from nnunetv2_meddinov3.pretrain.dry_run import dry_run
-    from nnunetv2_meddinov3.pretrain.stages import Plan, run
+    from nnunetv2_meddinov3.pretrain.run import Plan, run
 
     plan = Plan.of(
         names,

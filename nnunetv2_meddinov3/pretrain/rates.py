@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nnunetv2_meddinov3.pretrain.config import effective_lr_factor
+from nnunetv2_meddinov3.pretrain.config import StageConfig, effective_lr_factor
 from nnunetv2_meddinov3.pretrain.schedules import value_at
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
 
 
 class Rates(NamedTuple):

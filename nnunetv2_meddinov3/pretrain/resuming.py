@@ -11,10 +11,9 @@ import pyarrow.compute as pc
 import torch
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.config import differences, from_yaml
-from nnunetv2_meddinov3.pretrain.data.store import SliceStore
+from nnunetv2_meddinov3.pretrain.config import StageConfig, differences, from_yaml
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.store.reader import SliceStore
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import ROPE_DTYPES, SIZES
-from nnunetv2_meddinov3.pretrain.contract import KINDS
-from nnunetv2_meddinov3.pretrain.schema import Head, Schedule, StageConfig
+from nnunetv2_meddinov3.pretrain.schema import KINDS, Head, Schedule, StageConfig
 
 Broken = tuple[str, object, str]  # key, what came, what must hold
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.schema import Engine
+from nnunetv2_meddinov3.pretrain.config import Engine
 
 _LOST_RANK_AFTER = timedelta(minutes=30)  # saving, probing and compiling keep the others waiting
 

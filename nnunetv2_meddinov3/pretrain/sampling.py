@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
+from nnunetv2_meddinov3.pretrain.config import StageConfig
 
 # the last number of a seed says what is drawn, so that nothing is drawn twice
 _EPOCH, _RESOLUTION, _VIEWS = range(3)

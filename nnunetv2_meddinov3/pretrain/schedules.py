@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from nnunetv2_meddinov3.pretrain.schema import Schedule
+from nnunetv2_meddinov3.pretrain.config import Schedule
 
 
 def value_at(schedule: Schedule, step: int, total: int) -> float:

@@ -6,6 +6,13 @@ they go, and should not affect results. A *step* is one optimiser step, from 0 i
 
 from dataclasses import dataclass, field
 
+KINDS = {
+    "hu": "CT in HU",
+    "windowed": "8-bit grey values whose HU are lost",
+    "mr": "MR, mapped to 0..16384",
+    "unknown": "values of unknown meaning",
+}
+
 
 @dataclass
 class Schedule:

@@ -14,14 +14,14 @@ from nnunetv2_meddinov3.models.architecture import Architecture, architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import resolve_source
 from nnunetv2_meddinov3.pretrain.checkpoints import read_state
-from nnunetv2_meddinov3.pretrain.contract import check_same_contract
+from nnunetv2_meddinov3.pretrain.config import Head, StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions
-from nnunetv2_meddinov3.pretrain.encoder import Noise, Student
 from nnunetv2_meddinov3.pretrain.gram import gram_teacher_of
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
-from nnunetv2_meddinov3.pretrain.initialise import read_student
+from nnunetv2_meddinov3.pretrain.intensity import check_same_contract
+from nnunetv2_meddinov3.pretrain.networks import read_student
 from nnunetv2_meddinov3.pretrain.origins import check_size, fitted, state_of
-from nnunetv2_meddinov3.pretrain.schema import Head, StageConfig
+from nnunetv2_meddinov3.pretrain.student import Noise, Student
 
 OWN_LICENCE = "that of whoever trained them: the run started from random weights"
 _NO_WEIGHTS = "none"

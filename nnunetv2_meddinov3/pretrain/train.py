@@ -14,11 +14,9 @@ from torch import Tensor
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
 from nnunetv2_meddinov3.pretrain.bad_steps import keep_batch
-from nnunetv2_meddinov3.pretrain.batch import ViewBatch
-from nnunetv2_meddinov3.pretrain.config import to_yaml
-from nnunetv2_meddinov3.pretrain.contract import intensity_of
+from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
+from nnunetv2_meddinov3.pretrain.distributed import Parallel
 from nnunetv2_meddinov3.pretrain.export import export_teacher
-from nnunetv2_meddinov3.pretrain.facts import run_facts
 from nnunetv2_meddinov3.pretrain.folders import (
     CHECKPOINTS,
     CONFIG,
@@ -26,17 +24,18 @@ from nnunetv2_meddinov3.pretrain.folders import (
     RUN_FACTS,
     export_path,
 )
+from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_to_follow
-from nnunetv2_meddinov3.pretrain.observing import Observer
+from nnunetv2_meddinov3.pretrain.monitor.observer import Observer
+from nnunetv2_meddinov3.pretrain.monitor.tracker import Following
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
-from nnunetv2_meddinov3.pretrain.parallel import Parallel
-from nnunetv2_meddinov3.pretrain.probe.during import Prober
+from nnunetv2_meddinov3.pretrain.probe.callback import Prober
+from nnunetv2_meddinov3.pretrain.provenance import run_facts
 from nnunetv2_meddinov3.pretrain.rates import Rates, rates_at
 from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
 from nnunetv2_meddinov3.pretrain.starting import load_start
-from nnunetv2_meddinov3.pretrain.watch.following import Following
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 
 
 class Stage:

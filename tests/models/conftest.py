@@ -65,7 +65,6 @@ def mistake():
         assert "\n" not in text
         assert "Traceback" not in text
         assert len(text) > 20
-        assert caught.value.code == text  # what Python prints on stderr, with exit code 1
         return text
 
     return message

@@ -9,16 +9,16 @@ from torch import distributed as dist
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.checkpoints import whole_model
+from nnunetv2_meddinov3.pretrain.config import Engine, Optim
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions
-from nnunetv2_meddinov3.pretrain.encoder import Student
+from nnunetv2_meddinov3.pretrain.distributed import Parallel
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
-from nnunetv2_meddinov3.pretrain.masking import draw_masks
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
-from nnunetv2_meddinov3.pretrain.parallel import Parallel
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
-from nnunetv2_meddinov3.pretrain.schema import Engine, Optim
+from nnunetv2_meddinov3.pretrain.student import Student
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
+from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
 
 IMAGES, GROUP = 8, 2
 

@@ -5,7 +5,7 @@ import torch
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.encoder import Noise, encode, pack_blocks
+from nnunetv2_meddinov3.pretrain.student import Noise, encode, pack_blocks
 
 
 def a_vit():

@@ -5,6 +5,7 @@ import pytest
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import (
+    StageConfig,
     available,
     check_world,
     differences,
@@ -14,7 +15,6 @@ from nnunetv2_meddinov3.pretrain.config import (
     load_config,
     to_yaml,
 )
-from nnunetv2_meddinov3.pretrain.schema import StageConfig
 
 STAGES = ("stage1", "stage2_gram", "stage3_highres")
 

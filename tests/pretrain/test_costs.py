@@ -5,10 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain import costs
-from nnunetv2_meddinov3.pretrain.config import load_config
-from nnunetv2_meddinov3.pretrain.encoder import encode, pack_blocks
+from nnunetv2_meddinov3.pretrain.config import Head, Resolution, load_config
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
-from nnunetv2_meddinov3.pretrain.schema import Head, Resolution
+from nnunetv2_meddinov3.pretrain.student import encode, pack_blocks
 
 
 @pytest.mark.parametrize(

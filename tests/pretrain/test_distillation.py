@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.batch import ViewBatch, join
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions, resize_tokens
-from nnunetv2_meddinov3.pretrain.encoder import Noise, Student
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
-from nnunetv2_meddinov3.pretrain.initialise import read_distillation
 from nnunetv2_meddinov3.pretrain.naming import meta_name
+from nnunetv2_meddinov3.pretrain.networks import read_distillation
 from nnunetv2_meddinov3.pretrain.optim import clip_gradients
+from nnunetv2_meddinov3.pretrain.student import Noise, Student
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.batch import join
 from nnunetv2_meddinov3.pretrain.config import load_config
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store
+from nnunetv2_meddinov3.pretrain.views.batch import join
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_a_damaged_slice_is_one_sentence(ct_store, small_stage, tmp_path, worker
 def test_a_part_of_a_split_store_is_read_alone(ct_store, small_stage, tmp_path):
     import shutil
 
-    from nnunetv2_meddinov3.pretrain.data.splitting import split_by_patient
+    from nnunetv2_meddinov3.store.splitting import split_by_patient
 
     store = tmp_path / "store"
     shutil.copytree(ct_store, store)

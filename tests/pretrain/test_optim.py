@@ -8,7 +8,7 @@ import torch
 from nnunetv2_meddinov3.models.architecture import Architecture, architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import load_backbone
-from nnunetv2_meddinov3.pretrain.encoder import Student
+from nnunetv2_meddinov3.pretrain.config import Optim
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.optim import (
     backbone_rows,
@@ -17,7 +17,7 @@ from nnunetv2_meddinov3.pretrain.optim import (
     parameter_groups,
     set_rates,
 )
-from nnunetv2_meddinov3.pretrain.schema import Optim
+from nnunetv2_meddinov3.pretrain.student import Student
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEY = "param_groups(lr_decay=0.9,patch_embed_lr_mult=0.2)"

@@ -14,9 +14,9 @@ import torch
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.checkpoints import CheckpointFolder, read_state
 from nnunetv2_meddinov3.pretrain.config import flatten, load_config
+from nnunetv2_meddinov3.pretrain.monitor.logger import TIMINGS, read_rows
 from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
 from nnunetv2_meddinov3.pretrain.train import Stage
-from nnunetv2_meddinov3.pretrain.watch.metrics import TIMINGS, read_rows
 
 ROOT = Path(__file__).parents[2]
 ALONE = Runtime(0, 1, torch.device("cpu"), "fp32", False)
@@ -131,7 +131,7 @@ def test_another_config_another_store_and_a_damaged_state_are_refused(
 ):
     with pytest.raises(UserError, match=r"optim.clip_grad is 1.0 instead of 3.0: give the same"):
         stage_of(small_stage("optim.steps=6"), unbroken, **{"optim.clip_grad": 1.0})
-    from nnunetv2_meddinov3.pretrain.data.curate import curate
+    from nnunetv2_meddinov3.curate.pipeline import curate
 
     for i in range(3):
         write_image(tmp_path / f"v/p{i}.nii.gz", make_ct(5, 64, seed=50 + i))

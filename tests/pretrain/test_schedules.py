@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nnunetv2_meddinov3.pretrain.config import Schedule
 from nnunetv2_meddinov3.pretrain.schedules import value_at, values
-from nnunetv2_meddinov3.pretrain.schema import Schedule
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["schedules"]
 

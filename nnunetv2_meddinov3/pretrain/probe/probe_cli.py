@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--slices-per-case must be at least 1, got {arguments.slices_per_case}.")
     # Imported here because `--help` need not wait for torch.
     from nnunetv2_meddinov3.pretrain.probe.comparing import compare, table
-    from nnunetv2_meddinov3.pretrain.probe.data import ProbeData
+    from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 
     data = ProbeData.from_nnunet(
         arguments.dataset,
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    from nnunetv2_meddinov3.pretrain.facts import write_text
+    from nnunetv2_meddinov3.pretrain.provenance import write_text
 
     write_text(path, json.dumps(content, indent=1) + "\n")
 

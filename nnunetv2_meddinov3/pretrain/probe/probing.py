@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.probe.data import ProbeData
+from nnunetv2_meddinov3.pretrain.config import Intensity
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,
@@ -21,7 +21,7 @@ from nnunetv2_meddinov3.pretrain.probe.fitting import (
     fit_linear,
     neighbour_scores,
 )
-from nnunetv2_meddinov3.pretrain.schema import Intensity
+from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 
 _MOST_PATCHES = 20_000  # to which the dense probe is fitted
 _DENSE_L2 = 1e-3

@@ -1,5 +1,5 @@
 """Views of one-channel slices in HU: crops, photometric changes, masks; batched in torch."""
 
-from nnunetv2_meddinov3.pretrain.views.making import Slices, make_views
+from nnunetv2_meddinov3.pretrain.views.multicrop import Slices, make_views
 
 __all__ = ["Slices", "make_views"]

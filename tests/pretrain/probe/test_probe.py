@@ -5,18 +5,18 @@ import pytest
 import torch
 
 from nnunetv2_meddinov3.cli import main
+from nnunetv2_meddinov3.demo.phantom import make_phantom
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import save_backbone
-from nnunetv2_meddinov3.phantom import make_phantom
-from nnunetv2_meddinov3.pretrain.probe.data import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,
     best_thresholds,
     neighbour_scores,
 )
+from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
 
 

@@ -1,0 +1,1 @@
+"""Volumes of any format to a store of slices."""

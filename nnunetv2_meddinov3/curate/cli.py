@@ -1,0 +1,124 @@
+"""``meddinov3 curate``: brings volumes into a store of slices for pretraining."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from nnunetv2_meddinov3.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Curate what the command line names and print what became of it.
+
+    Args:
+        argv: What was typed after ``meddinov3 curate``; by default that of this process.
+
+    Returns:
+        The exit code: 0 if every source entered, 3 if some were skipped, 2 if none entered,
+        128 + its number if a signal stopped the run.
+
+    Raises:
+        UserError: A mistake in the arguments, before anything is written, or a store that cannot
+            be written.
+    """
+    arguments = _parser().parse_args(argv)
+    # Imported here because `--help` need not wait for SimpleITK and matplotlib.
+    from nnunetv2_meddinov3.curate.benchmarks import DEFAULT_BENCHMARKS
+    from nnunetv2_meddinov3.curate.pipeline import curate
+    from nnunetv2_meddinov3.curate.progress import Progress
+
+    summary = curate(
+        arguments.sources,
+        arguments.store,
+        workers=arguments.workers,
+        shard=_shard(arguments.shard),
+        exclude=arguments.exclude,
+        pixel_spacing_mm=arguments.pixel_spacing,
+        size=arguments.size,
+        min_gap_mm=arguments.min_gap_mm,
+        keep_flagged=arguments.keep_flagged,
+        dask_scheduler=arguments.dask_scheduler,
+        benchmark_names=arguments.benchmark_names or DEFAULT_BENCHMARKS,
+        allow_benchmarks=arguments.allow_benchmarks,
+        progress=Progress(sys.stderr),
+    )
+    print(summary)
+    print(f"Report: {arguments.store / 'report.html'}")
+    return summary.exit_code
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise UserError(
+            f"--shard must be i/n, for example 0/4 for the first of four, but is {text!r}."
+        )
+    return int(match[1]), int(match[2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meddinov3 curate",
+        description="Brings volumes into a store of axial slices. What the store has already is "
+        "left alone, so the same command continues an interrupted run.",
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="nnU-Net raw dataset, folder of NIfTI, NRRD, MHA, DICOM or PNG, or a file",
+    )
+    add("--store", required=True, type=Path, metavar="DIR", help="[REQUIRED] folder of the store")
+    add("--workers", type=int, default=1, metavar="N", help="processes. Default: 1")
+    add(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="do the I-th of N parts, counted from 0; all may write one store. Default: 0/1",
+    )
+    add(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="TESTS",
+        help="must not enter, recognised by content: nnU-Net raw dataset (its imagesTs), folder or "
+        "file of volumes, store, or text file of hashes",
+    )
+    add(
+        "--pixel-spacing",
+        type=float,
+        metavar="MM",
+        help="resample slices to this spacing; the paper's is 0.45. Default: native",
+    )
+    add(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="resize slices to this many pixels per side; the paper's is 256. Default: native",
+    )
+    add(
+        "--min-gap-mm",
+        type=float,
+        default=0.0,
+        metavar="MM",
+        help="leave out slices nearer than this to one that enters. Default: 0, all enter",
+    )
+    add("--keep-flagged", action="store_true", help="let air-only and constant slices enter")
+    add(
+        "--benchmark-names",
+        nargs="+",
+        metavar="NAME",
+        help="test sets to be refused without --exclude. Default: AMOS22 BTCV KiTS23 LiTS",
+    )
+    add("--allow-benchmarks", action="store_true", help="do not look for test sets by name")
+    add(
+        "--dask-scheduler",
+        metavar="ADDRESS",
+        help="run on this Dask cluster, such as tcp://host:8786, instead of --workers",
+    )
+    return parser

@@ -1,0 +1,248 @@
+"""Finding inputs: nnU-Net raw datasets, folders of volumes, DICOM, single files.
+
+Nothing but DICOM headers is opened here. Labels are never listed: of an nnU-Net dataset only the
+folders of images are, and elsewhere folders named ``labels...`` are passed by.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from nnunetv2_meddinov3.curate.readers.dicom_elements import has_mark
+from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
+from nnunetv2_meddinov3.curate.readers.imagefile import DETACHED, PICTURES, ending_of
+from nnunetv2_meddinov3.curate.readers.nnunet_raw import RawDataset, dataset_around, open_dataset
+from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, plain_text
+from nnunetv2_meddinov3.errors import UserError
+
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+DETACHED_DATA = (".raw", ".zraw", ".raw.gz")  # beside a header of DETACHED
+DOCUMENTS = re.compile(
+    r".*\.(txt|md|rst|json|csv|tsv|xml|html?|pdf|docx?|xlsx?|ya?ml|py|sh|log|sha256|md5|bib)"
+    r"|(LICEN[SC]E|README|CHANGES|NOTICE|COPYING|DICOMDIR|(SHA|MD5)\w*)(\..*)?",
+    re.IGNORECASE,
+)  # what lies beside images and is none
+LABEL_FOLDERS = re.compile(r"labels(Tr|Ts|Va|Val)?|gt_segmentations", re.IGNORECASE)
+
+
+def find_sources(
+    arguments: Sequence[Path],
+) -> tuple[list[VolumeSource], list[tuple[str, str]]]:
+    """List every input below some files and folders, each once, sorted by its key.
+
+    Links are followed. A file that several arguments lead to belongs to the first of them.
+
+    Returns:
+        What was found, and (key, reason) of what cannot be an input: loops of folders, empty
+        files, folders that cannot be read, unknown endings and the like. Documents that lie
+        beside images (README, .csv, .json, ...) are neither.
+
+    Raises:
+        UserError: If an argument does not exist, or two different ones have the same name.
+    """
+    finder = _Finder()
+    names: dict[str, Path] = {}
+    for argument in arguments:
+        path = Path(argument).expanduser().absolute()
+        if not path.exists():
+            raise UserError(f"A source must be a file or folder, but {path} does not exist.")
+        path = path.resolve() if ".." in path.parts else path
+        dataset = dataset_around(path) if path.is_dir() else None
+        base = f"{dataset.name}/{path.name}" if dataset else path.name or "root"
+        base = plain_text(base)
+        if names.setdefault(base, path).resolve() != path.resolve():
+            raise UserError(
+                "Sources must have different names, since the names in the store begin with "
+                f"them, but {names[base]} and {path} are both {base}; give the folder above them "
+                "or rename one."
+            )
+        finder.argument(path, base, dataset)
+    return finder.results()
+
+
+class _Finder:
+    """Collects sources and refusals over all arguments."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, VolumeSource] = {}
+        self.refused: dict[str, str] = {}
+        self.seen: set[tuple[int, int]] = set()  # device and inode of files and folders
+        self.series: dict[tuple[str, str], list[tuple[SliceHeader, str, str]]] = {}
+
+    def argument(self, path: Path, base: str, dataset: RawDataset | None) -> None:
+        """Take one argument; ``dataset`` if it is a folder of an nnU-Net dataset."""
+        if not path.is_dir():
+            around = dataset_around(path.parent)
+            if around is None or not self._image(path, base, around):
+                self._file(path, base, around.name if around else path.parent.name, path.name)
+        elif dataset is not None and LABEL_FOLDERS.fullmatch(path.name):
+            self.refused[base] = "it holds labels, which are never read"
+        elif dataset is not None:
+            self._images(path, base, dataset, (self._identity(path),))
+        else:
+            self._folder(path, base, base, base, ())
+
+    def results(self) -> tuple[list[VolumeSource], list[tuple[str, str]]]:
+        """Everything found and refused, sorted by key, with the DICOM files as series."""
+        for (uid, patient), members in sorted(self.series.items(), key=lambda item: item[0]):
+            members.sort(key=lambda member: member[1])
+            folder = os.path.commonpath([PurePosixPath(key).parent for _, key, _ in members])
+            key = f"{members[0][1] if folder in ('', '.') else folder}#{uid}"
+            if key in self.found:
+                self.refused[key] = "another patient's series in this folder has the same UID"
+                continue
+            paths = tuple(str(header.path) for header, _, _ in members)
+            self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
+        return [self.found[key] for key in sorted(self.found)], sorted(self.refused.items())
+
+    def _identity(self, path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_dev, status.st_ino
+
+    def _entries(self, folder: Path, key: str) -> list[Path]:
+        """What lies in a folder by name, without hidden things, links last."""
+        try:
+            entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+            return sorted(entries, key=lambda path: (path.is_symlink(), path.name))
+        except OSError as error:
+            self.refused[key] = f"the folder cannot be read ({error.strerror})"
+            return []
+
+    def _folder(
+        self, folder: Path, key: str, dataset: str, base: str, above: tuple[tuple[int, int], ...]
+    ) -> None:
+        """Walk a folder; ``above`` are the identities of the folders it lies in."""
+        identity = self._identity(folder)
+        if identity in above:
+            self.refused[key] = "it is a link to a folder that it lies in itself"
+            return
+        if identity in self.seen:
+            return
+        self.seen.add(identity)
+        above = (*above, identity)
+        raw = self._raw_dataset(folder, key)
+        if raw is not None:
+            for path in self._entries(folder, key):
+                if path.name.startswith("images") and _is_folder(path):
+                    self._images(path, f"{key}/{path.name}", raw, above)
+            self._listed(raw, key)
+            return
+        for path in self._entries(folder, key):
+            child = f"{key}/{plain_text(path.name)}"
+            if not _is_folder(path) and not DOCUMENTS.fullmatch(path.name):
+                self._file(path, child, dataset, child.removeprefix(f"{base}/"))
+            elif _is_folder(path) and not LABEL_FOLDERS.fullmatch(path.name):
+                self._folder(path, child, dataset, base, above)
+
+    def _raw_dataset(self, folder: Path, key: str) -> RawDataset | None:
+        try:
+            return open_dataset(folder)
+        except Unreadable as error:
+            self.refused[f"{key}/dataset.json"] = str(error)
+            return None
+
+    def _images(
+        self, folder: Path, key: str, raw: RawDataset, above: tuple[tuple[int, int], ...]
+    ) -> None:
+        """The images in one folder of an nnU-Net dataset, which has no folders in it."""
+        for path in self._entries(folder, key):
+            child = f"{key}/{plain_text(path.name)}"
+            if _is_folder(path):
+                loop = path.is_symlink() and self._identity(path) in above
+                self.refused[child] = (
+                    "it is a link to a folder that it lies in itself" if loop
+                    else "a folder, where nnU-Net keeps only images"
+                )  # fmt: skip
+            elif not self._image(path, child, raw) and path.suffix != ".json":
+                self.refused[child] = f"its name is not CASE_0000{raw.ending}, as nnU-Net wants"
+
+    def _listed(self, raw: RawDataset, key: str) -> None:
+        """The images that dataset.json lists, for those that lie in other places."""
+        for case, channel, path in raw.listed():
+            child = f"{key}/{case}_{channel:04d}{raw.ending}"
+            if self._regular(path, child):
+                self._add(path, child, raw.name, case, channel, raw.channel_names.get(channel))
+
+    def _image(self, path: Path, key: str, raw: RawDataset) -> bool:
+        """Take an image that is named as the dataset wants; False if it is not."""
+        match = raw.pattern.fullmatch(path.name)
+        if match is None:
+            return False
+        channel = int(match["channel"] or 0)
+        if self._regular(path, key):
+            self._add(path, key, raw.name, match["case"], channel, raw.channel_names.get(channel))
+        return True
+
+    def _file(self, path: Path, key: str, dataset: str, relative: str) -> None:
+        """Take a file of any kind: volume, picture, DICOM, or none of them."""
+        if not self._regular(path, key):
+            return
+        ending = ending_of(path.name)
+        if ending is not None:
+            self._add(path, key, dataset, relative[: -len(ending)], None, None)
+            return
+        try:
+            if path.suffix.lower() not in DICOM_ENDINGS and not has_mark(path):
+                if not self._belongs_to_header(path):
+                    self.refused[key] = f"its ending {path.suffix or '(none)'} is not known"
+                return
+            header = read_header(path)
+        except OSError as error:
+            self.refused[key] = f"it cannot be read ({error.strerror})"
+        except Unreadable as error:
+            self.refused[key] = str(error)
+        else:
+            if not header.series:
+                self.refused[key] = "it has no SeriesInstanceUID"
+                return
+            self.series.setdefault((header.series, header.patient), []).append(
+                (header, key, dataset)
+            )
+
+    def _belongs_to_header(self, path: Path) -> bool:
+        data = next((end for end in DETACHED_DATA if path.name.lower().endswith(end)), None)
+        stem = path.name[: -len(data)] if data else None
+        return stem is not None and any(path.with_name(stem + end).is_file() for end in DETACHED)
+
+    def _regular(self, path: Path, key: str) -> bool:
+        """Whether a file can be opened and was not seen yet; what cannot is refused."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            broken = path.is_symlink()
+            self.refused[key] = (
+                "it is a link to nothing" if broken else f"it cannot be read ({error.strerror})"
+            )
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            self.refused[key] = "it is no regular file"
+            return False
+        identity = (status.st_dev, status.st_ino)
+        if identity in self.seen:
+            return False
+        self.seen.add(identity)
+        if status.st_size == 0:
+            self.refused[key] = "the file is empty"
+            return False
+        return True
+
+    def _add(
+        self, path: Path, key: str, dataset: str, patient: str, channel: int | None,
+        channel_name: str | None,
+    ) -> None:  # fmt: skip
+        kind = "png" if ending_of(path.name) in PICTURES else "file"
+        self.found[key] = VolumeSource(
+            key, kind, (str(path),), plain_text(dataset), plain_text(patient), channel, channel_name
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder or a link to one; False where that cannot be told."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

@@ -1,0 +1,214 @@
+"""From volumes as they lie on disk to a store of slices: who runs what, and what came of it."""
+
+import contextlib
+import hashlib
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunetv2_meddinov3.curate.benchmarks import DEFAULT_BENCHMARKS, check_benchmarks
+from nnunetv2_meddinov3.curate.discover import find_sources
+from nnunetv2_meddinov3.curate.ingest import Job, Outcome, skip
+from nnunetv2_meddinov3.curate.leakage import build_guard, check_store
+from nnunetv2_meddinov3.curate.pool import run_in_processes, run_in_turn, run_on_dask
+from nnunetv2_meddinov3.curate.progress import Progress
+from nnunetv2_meddinov3.curate.report import write_report
+from nnunetv2_meddinov3.curate.slices import SliceRules
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.store.index import build_index
+from nnunetv2_meddinov3.store.writer import StoreWriter
+
+_SHOWN = 20  # skipped sources in a summary
+ALL_ENTERED, NONE_ENTERED, SOME_SKIPPED = 0, 2, 3
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        entered: number of volumes written.
+        present: number of volumes that an earlier run had written.
+        skipped: (key, reason) of the sources that did not enter.
+        slices: number of slices written, before duplicates are removed.
+        left_out: reason -> number of slices of the entered volumes left out for it.
+        n_bytes: size of the files of the entered volumes.
+        seconds: time taken.
+        signal: number of the signal that stopped the run, None if it went to its end.
+    """
+
+    entered: int = 0
+    present: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    slices: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    n_bytes: int = 0
+    seconds: float = 0.0
+    signal: int | None = None
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more source."""
+        self.entered += outcome.state == "entered"
+        self.present += outcome.state == "present"
+        if outcome.state == "skipped":
+            self.skipped.append((outcome.key, outcome.reason))
+        self.slices += outcome.slices
+        self.left_out.update(outcome.left_out)
+        self.n_bytes += outcome.n_bytes
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every source entered, 3 if some were skipped, 2 if none entered.
+
+        A run that a signal stopped has 128 + the number of the signal.
+        """
+        if self.signal is not None:
+            return 128 + self.signal
+        if not self.skipped:
+            return ALL_ENTERED
+        return SOME_SKIPPED if self.entered + self.present else NONE_ENTERED
+
+    def __str__(self) -> str:
+        rate = self.slices / self.seconds if self.seconds else 0.0
+        lines = [
+            f"{self.entered} volumes entered with {self.slices} slices in {self.seconds:.1f} s "
+            f"({rate:.0f} slices/s, {self.n_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s of "
+            f"files), {self.present} were there already, {len(self.skipped)} were skipped."
+        ]
+        lines += [
+            f"  left out: {count} slices {reason}"
+            for reason, count in sorted(self.left_out.items())
+        ]
+        lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:_SHOWN]]
+        if len(self.skipped) > _SHOWN:
+            lines.append(f"  and {len(self.skipped) - _SHOWN} more, which the report lists.")
+        if self.signal is not None:
+            lines.append("Stopped by a signal; the same command continues the store.")
+        return "\n".join(lines)
+
+
+def curate(
+    sources: Sequence[Path | str],
+    store: Path | str,
+    *,
+    workers: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    exclude: Sequence[Path | str] = (),
+    pixel_spacing_mm: float | None = None,
+    size: int | None = None,
+    min_gap_mm: float = 0.0,
+    keep_flagged: bool = False,
+    dask_scheduler: str | None = None,
+    benchmark_names: Sequence[str] = DEFAULT_BENCHMARKS,
+    allow_benchmarks: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Bring volumes into a store of axial slices, in ``workers`` processes.
+
+    What the store has already is left alone, so an interrupted run continues where it stopped.
+    SIGINT and SIGTERM let the volumes at work finish; a second one leaves out index and report.
+    With ``workers`` > 1 a script must call this under ``if __name__ == "__main__":``.
+
+    Args:
+        sources: nnU-Net raw datasets, folders of volumes, of DICOM or of PNG, and single files.
+        store: folder of the store; made where it does not exist.
+        workers: processes; 1 works in this one.
+        shard: (i, n) takes the i-th of n parts, counted from 0; all may write one store at once.
+        exclude: what must not enter, see `guard.build_guard`.
+        pixel_spacing_mm: in-plane spacing to resample to; None keeps the native one.
+        size: pixels per side to resize to; None keeps what is.
+        min_gap_mm: smallest distance between slices of one volume that enter.
+        keep_flagged: let air-only and constant slices enter, flagged.
+        dask_scheduler: address of a Dask cluster to run on instead of ``workers``.
+        benchmark_names: test sets that the sources must not hold unless something is excluded.
+        allow_benchmarks: do not look for test sets by name.
+        progress: follows the run; silent by default.
+
+    Raises:
+        UserError: A mistake in the arguments, before anything is written, or a store that cannot
+            be written.
+    """
+    start = time.monotonic()
+    progress = progress or Progress()
+    rules = SliceRules(pixel_spacing_mm, size, min_gap_mm, keep_flagged)
+    _check_numbers(workers, shard)
+    arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
+    found, problems = find_sources(arguments)
+    if not found and not problems:
+        raise UserError(
+            f"The sources must hold volumes, but there is none in {', '.join(map(str, sources))}: "
+            "give nnU-Net raw datasets, folders of NIfTI, NRRD, MHA, DICOM or PNG, or files."
+        )
+    if not allow_benchmarks:
+        check_benchmarks(found, arguments, excluded, benchmark_names)
+    guard = build_guard(excluded, progress.say)
+    check_store(guard, Path(store))
+    job = Job(StoreWriter(Path(store).absolute(), rules.options()), rules, guard)
+    summary = Summary()
+    for key, reason in problems:
+        if in_shard(key, shard):
+            summary.add(skip(key, reason, job))
+    mine = [source for source in found if in_shard(source.key, shard)]
+    progress.start(len(mine))
+    with _signals() as received:
+        for outcome in _run(mine, job, workers, dask_scheduler, lambda: bool(received)):
+            summary.add(outcome)
+            progress.update(outcome)
+        progress.close()
+        build_index(job.writer.folder)
+        write_report(job.writer.folder)
+    summary.signal = received[0] if received else None
+    summary.seconds = time.monotonic() - start
+    return summary
+
+
+def in_shard(key: str, shard: tuple[int, int]) -> bool:
+    """Whether a source falls to part i of n, by a hash of its key that never changes."""
+    index, number = shard
+    return int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) % number == index
+
+
+def _check_numbers(workers: int, shard: tuple[int, int]) -> None:
+    if workers < 1:
+        raise UserError(f"The number of workers must be at least 1, but is {workers}.")
+    index, number = shard
+    if not 0 <= index < number:
+        raise UserError(
+            f"A shard must be i/n with i from 0 to n - 1, but is {index}/{number}: of 4 shards the "
+            "first is 0/4 and the last 3/4."
+        )
+
+
+def _run(
+    sources: list, job: Job, workers: int, dask_scheduler: str | None, stopped: Callable[[], bool]
+) -> Iterator[Outcome]:
+    if dask_scheduler is not None:
+        return run_on_dask(sources, job, dask_scheduler, stopped)
+    if workers == 1:
+        return run_in_turn(sources, job, stopped)
+    return run_in_processes(sources, job, workers, stopped)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM meanwhile; the second of them ends the run as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

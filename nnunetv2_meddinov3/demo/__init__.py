@@ -1,0 +1,1 @@
+"""``meddinov3 demo``: trains, predicts and reports on a synthetic CT."""

@@ -1,0 +1,88 @@
+"""Probes while a stage runs: of its starting weights and of the teacher now and then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_meddinov3.models.architecture import Architecture
+from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.pretrain.config import StageConfig
+from nnunetv2_meddinov3.pretrain.export import teacher_of
+from nnunetv2_meddinov3.pretrain.folders import PROBE
+from nnunetv2_meddinov3.pretrain.intensity import intensity_of
+from nnunetv2_meddinov3.pretrain.monitor.logger import read_rows
+from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
+from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
+from nnunetv2_meddinov3.pretrain.runtime import Runtime
+
+
+class Prober:
+    """Appends to ``probe.jsonl`` and says if features become worse.
+
+    The labelled slices are read once, at the start, so that a mistake in them does not wait.
+
+    Args:
+        config: ``engine.probe_dataset`` and the contract.
+        folder: Of the stage.
+        runtime: This process; the main one probes while the others wait.
+        whole_model: Gathers the networks; every rank calls it.
+        architecture: Of the backbone.
+        step: Steps done before; later rows are dropped.
+
+    Raises:
+        UserError: If the dataset cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        folder: Path,
+        runtime: Runtime,
+        whole_model: Callable[[], dict[str, Tensor]],
+        architecture: Architecture,
+        step: int,
+    ) -> None:
+        self.path, self.runtime, self.architecture = folder / PROBE, runtime, architecture
+        self._whole_model, self._intensity = whole_model, intensity_of(config)
+        if runtime.is_main:
+            self._data = ProbeData.from_nnunet(config.engine.probe_dataset)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._rows = read_rows(self.path, before=step)
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in self._rows), "utf-8")
+
+    def __call__(self, step: int, weights: str) -> str | None:
+        """Probe the teacher as it is now.
+
+        Args:
+            step: Steps done.
+            weights: ``start`` before the first step, else ``teacher``.
+
+        Returns:
+            A sentence if it is worse than the start, on the main process.
+        """
+        model = self._whole_model()
+        sentence = None
+        if self.runtime.is_main:
+            sentence = self._probe(teacher_of(model, self.architecture), step, weights)
+        self.runtime.barrier()
+        return sentence
+
+    def _probe(self, backbone: Backbone, step: int, weights: str) -> str | None:
+        state = torch.get_rng_state()
+        result = run_probe(
+            backbone, self._data, intensity=self._intensity, device=self.runtime.device
+        )
+        torch.set_rng_state(state)
+        row: dict[str, Any] = {"step": step, "weights": weights, **result.to_dict()}
+        start = next((r for r in self._rows if r["weights"] == "start"), None)
+        row["verdict"] = None if start is None else verdict(start, row)
+        self._rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row["verdict"]

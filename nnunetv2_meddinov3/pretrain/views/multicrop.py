@@ -1,0 +1,129 @@
+"""From the slices of a group to its views and masks (DINO, sec. 3; DINOv3, sec. 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_meddinov3.models.architecture import SIZES
+from nnunetv2_meddinov3.pretrain.config import Resolution, StageConfig
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
+from nnunetv2_meddinov3.pretrain.views.geometry import Box, crop_and_resize, draw_box
+from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
+from nnunetv2_meddinov3.pretrain.views.photometric import change, normalise
+
+
+@dataclass
+class Slices:
+    """Slices of different sizes in one tensor.
+
+    Attributes:
+        values: (B, H, W) int16 in HU; smaller slices are padded below and to the right.
+        sizes: (height, width) of each in pixels.
+    """
+
+    values: Tensor
+    sizes: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray]) -> Slices:
+        """Pad some (h, w) int16 arrays to one size."""
+        sizes = [(int(a.shape[0]), int(a.shape[1])) for a in arrays]
+        padded = np.zeros((len(arrays), *np.max(sizes, axis=0)), np.int16)
+        for place, array in zip(padded, arrays, strict=True):
+            place[: array.shape[0], : array.shape[1]] = array
+        return cls(torch.from_numpy(padded), sizes)
+
+    def to(self, device: torch.device) -> Slices:
+        """Return the slices on a device."""
+        return Slices(self.values.to(device, non_blocking=True), self.sizes)
+
+    def pin_memory(self) -> Slices:
+        """Return the slices in memory that a GPU reads without waiting."""
+        return Slices(self.values.pin_memory(), self.sizes)
+
+
+def make_views(
+    slices: Slices, resolution: Resolution, config: StageConfig, seed: tuple[int, ...]
+) -> ViewBatch:
+    """Make the crops and masks of some images, on the device of the slices.
+
+    The Gram crops show what the global crops show, at their own size and without photometric
+    changes; both are resampled from the slice once. (The original resizes a larger crop to both.)
+
+    Args:
+        slices: B of them.
+        resolution: Sizes of the crops.
+        config: Geometry, photometric changes, contract, masks.
+        seed: Of everything that is drawn.
+
+    Returns:
+        One-channel views, normalised; masks and what belongs to them stay where they were drawn,
+        on the CPU, unless the slices are on a GPU.
+    """
+    generator = np.random.default_rng(seed)
+    noise = torch.Generator(slices.values.device)
+    noise.manual_seed(int(generator.integers(2**63)))
+    crops, b = config.crops, len(slices.sizes)
+    values = slices.values.float()
+    boxes = {
+        "global": _boxes(slices, crops.global_crops, crops.global_scale, config, generator),
+        "local": _boxes(slices, crops.local_crops, crops.local_scale, config, generator),
+    }
+    numbers = list(range(b))
+    views = []
+    for i in range(crops.global_crops):
+        own = boxes["global"][i * b : (i + 1) * b]
+        cut = crop_and_resize(values, numbers, own, resolution.global_size)
+        blur = config.augment.blur_probability[min(i, 1)]
+        views.append(_finish(cut, blur, config, generator, noise))
+    local = crop_and_resize(
+        values, numbers * crops.local_crops, boxes["local"], resolution.local_size
+    )
+    local = _finish(local, config.augment.blur_probability[2], config, generator, noise)
+    gram = None
+    if resolution.gram_size is not None and config.losses.gram.weight is not None:
+        cut = crop_and_resize(
+            values, numbers * crops.global_crops, boxes["global"], resolution.gram_size
+        )
+        gram = normalise(cut, config.intensity)
+    side = resolution.global_size // SIZES[config.model.size].patch_size
+    masks = draw_masks(
+        crops.global_crops * b,
+        (side, side),
+        config.masks.probability,
+        tuple(config.masks.ratio),
+        generator,
+    )
+    return ViewBatch(torch.cat(views), local, torch.from_numpy(masks), gram, b)
+
+
+def _boxes(
+    slices: Slices,
+    count: int,
+    scale: list[float],
+    config: StageConfig,
+    generator: np.random.Generator,
+) -> list[Box]:
+    """Draw boxes, crop-major."""
+    crops = config.crops
+    return [
+        draw_box(*size, tuple(scale), tuple(crops.aspect_ratio), crops.horizontal_flip, generator)
+        for _ in range(count)
+        for size in slices.sizes
+    ]
+
+
+def _finish(
+    crops: Tensor,
+    blur_probability: float,
+    config: StageConfig,
+    generator: np.random.Generator,
+    noise: torch.Generator,
+) -> Tensor:
+    changed = change(crops, config.augment, config.intensity, blur_probability, generator, noise)
+    return normalise(changed, config.intensity)

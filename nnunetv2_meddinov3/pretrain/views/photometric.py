@@ -1,0 +1,119 @@
+"""Photometric changes of crops, in HU; each is drawn for each crop.
+
+They stand in for DINO's colour jitter, blur and solarisation: torchvision's jitter clamps float
+images to [0, 1], and hue or solarisation mean nothing for CT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunetv2_meddinov3.pretrain.config import Augment, Intensity
+
+_BLUR_RADIUS = 4  # pixels: 9 taps, as DINO's
+
+
+def change(
+    crops: Tensor,
+    augment: Augment,
+    intensity: Intensity,
+    blur_probability: float,
+    generator: np.random.Generator,
+    noise: torch.Generator,
+) -> Tensor:
+    """Change crops as the config says, and clip them.
+
+    Args:
+        crops: (n, 1, S, S) in HU.
+        augment: Probabilities and ranges.
+        intensity: Whose clip bounds the values before and after.
+        blur_probability: Of these crops, one of ``augment.blur_probability``.
+        generator: Of everything but noise.
+        noise: On the device of the crops.
+
+    Returns:
+        (n, 1, S, S) in HU.
+    """
+    low, high = intensity.clip_hu
+    crops = crops.clamp(low, high)
+
+    def some(
+        probability: float,
+        function: Callable[..., Tensor],
+        *ranges: list[float],
+        device: torch.device | str = crops.device,
+    ) -> None:
+        """Apply a function to the crops that are drawn, each with values of its own."""
+        nonlocal crops
+        drawn = generator.random(len(crops)) < probability
+        values = [generator.uniform(*r, len(crops)) for r in ranges]
+        if not drawn.any():
+            return
+        chosen = torch.from_numpy(np.flatnonzero(drawn)).to(crops.device, non_blocking=True)
+        settings = [
+            torch.from_numpy(v[drawn].astype(np.float32)[:, None, None, None]).to(
+                device, non_blocking=True
+            )
+            for v in values
+        ]
+        crops = crops.index_copy(0, chosen, function(crops[chosen], *settings))
+
+    a = augment
+    some(
+        a.window_probability,
+        lambda x, level, width: ((x - level) / width + 0.5).clamp(0, 1) * (high - low) + low,
+        a.window_level_hu,
+        a.window_width_hu,
+    )
+    some(a.contrast_probability, _contrast, a.contrast, a.brightness_hu)
+    crops = crops.clamp(low, high)
+    some(
+        a.gamma_probability,
+        lambda x, gamma: ((x - low) / (high - low)) ** gamma * (high - low) + low,
+        a.gamma,
+    )
+    some(blur_probability, _blur, a.blur_sigma_pixels)
+    some(a.noise_probability, lambda x, sd: x + sd * _normal(x, noise), a.noise_sd_hu)
+    some(a.low_resolution_probability, _low_resolution, a.low_resolution, device="cpu")
+    return crops.clamp(low, high)
+
+
+def normalise(crops: Tensor, intensity: Intensity) -> Tensor:
+    """Clip to the contract's range, subtract its mean and divide by its standard deviation."""
+    return (crops.clamp(*intensity.clip_hu) - intensity.mean_hu) / intensity.std_hu
+
+
+def _contrast(x: Tensor, factor: Tensor, brightness: Tensor) -> Tensor:
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * factor + mean + brightness
+
+
+def _normal(x: Tensor, noise: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=noise, device=x.device, dtype=x.dtype)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur, each crop with its own sigma in pixels, mirrored at the edges."""
+    taps = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
+    weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)) ** 2)  # (n, 1, 1, 9)
+    weights = weights / weights.sum(-1, keepdim=True)
+    for axis in (-1, -2):
+        pad = (_BLUR_RADIUS,) * 2 + (0, 0) if axis == -1 else (0, 0) + (_BLUR_RADIUS,) * 2
+        padded, size = F.pad(x, pad, mode="reflect"), x.shape[axis]
+        x = sum(weights[..., k : k + 1] * padded.narrow(axis, k, size) for k in range(len(taps)))
+    return x
+
+
+def _low_resolution(x: Tensor, zoom: Tensor) -> Tensor:
+    """Shrink and enlarge again, each crop by its own factor; the factors lie on the CPU."""
+    size, out = x.shape[-1], []
+    for crop, factor in zip(x, zoom.flatten().tolist(), strict=True):
+        small = max(2, round(size * factor))
+        shrunk = F.interpolate(crop[None], (small, small), mode="bilinear", antialias=True)
+        out.append(F.interpolate(shrunk, (size, size), mode="bicubic")[0])
+    return torch.stack(out)

@@ -1,0 +1,148 @@
+"""A raw dataset of nnU-Net as a folder: its cases, channels and labels.
+
+Read from dataset.json and file names alone, without nnU-Net, so that every part of this package
+can use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_meddinov3.errors import UserError, first_line
+
+_WANTED = "a raw dataset of nnU-Net is a folder DatasetXXX_Name with dataset.json and images"
+IGNORE = "ignore"  # nnU-Net's name of the label whose voxels count nowhere
+BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """What dataset.json says.
+
+    Attributes:
+        folder: The dataset.
+        ending: File ending of images and labels; empty where it is not said (Decathlon).
+        channel_names: Number of a channel -> its name, which tells the modality.
+        labels: Name -> the values that belong to it, one or those of a region, in the order of
+            dataset.json, without background and ignore.
+        ignore: Value of the ignore label, None without one.
+        entries: Case -> paths of its channels and of its label (None: not said), where
+            dataset.json lists them itself.
+    """
+
+    folder: Path
+    ending: str
+    channel_names: dict[int, str]
+    labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ignore: int | None = None
+    entries: dict[str, tuple[tuple[Path, ...], Path | None]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset: its folder's."""
+        return self.folder.resolve().name
+
+    def images(self, part: str = "imagesTr") -> dict[str, dict[int, Path]]:
+        """Return case -> channel -> file of a part, both sorted.
+
+        The training cases are those that dataset.json lists, if it does so; otherwise, and in
+        other parts, the files ``CASE_0000.ending`` of the folder.
+        """
+        if part == "imagesTr" and self.entries:
+            return {case: dict(enumerate(e[0])) for case, e in sorted(self.entries.items())}
+        pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(self.ending)}")
+        cases: dict[str, dict[int, Path]] = {}
+        for path in sorted((self.folder / part).glob("*")):
+            if match := pattern.fullmatch(path.name):
+                cases.setdefault(match[1], {})[int(match[2])] = path
+        return cases
+
+    def label(self, case: str, part: str = "labelsTr") -> Path:
+        """Return the label file of a case, which need not exist."""
+        if part == "labelsTr" and case in self.entries and self.entries[case][1] is not None:
+            return self.entries[case][1]
+        return self.folder / part / f"{case}{self.ending}"
+
+
+def open_raw_dataset(folder: Path | str) -> RawDataset:
+    """Read a dataset's dataset.json, nnU-Net's or the Medical Segmentation Decathlon's.
+
+    Raises:
+        UserError: If there is none, it cannot be read, or it is not as nnU-Net wants it.
+    """
+    folder = Path(folder)
+    path = folder / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{_WANTED}, but there is no {path}: give the dataset's folder.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} must be readable JSON: {first_line(error)}.") from error
+    if not isinstance(content, dict) or not {"channel_names", "modality"} & content.keys():
+        raise UserError(f"{_WANTED}, but {path} lacks channel_names: add what is missing.")
+    try:
+        return _parse(folder, content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} must have channel_names, labels and dataset as nnU-Net wants them, but has "
+            f"not ({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
+def foreground_labels(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> values of the ``labels`` of a dataset.json, without background and ignore.
+
+    Args:
+        labels: Name -> value or list of values (a region), as nnU-Net 2 wants it, or value -> name
+            as the Decathlon has it.
+
+    Raises:
+        ValueError: If a value is no whole number.
+    """
+    return {
+        name: values
+        for name, values in _by_name(labels).items()
+        if name.lower() not in (BACKGROUND, IGNORE) and values != (0,)
+    }
+
+
+def _by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if labels and all(isinstance(name, str) for name in labels.values()):
+        labels = {name: int(value) for value, name in labels.items()}
+    return {
+        str(name): tuple(map(int, value)) if isinstance(value, list | tuple) else (int(value),)
+        for name, value in labels.items()
+    }
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> RawDataset:
+    labels = content.get("labels", {})
+    ignore = _by_name(labels).get(IGNORE)
+    return RawDataset(
+        folder=folder,
+        ending=str(content.get("file_ending", "")),
+        channel_names={
+            int(number): str(name)
+            for number, name in content.get("channel_names", content.get("modality")).items()
+        },
+        labels=foreground_labels(labels),
+        ignore=ignore[0] if ignore else None,
+        entries={
+            str(case): (
+                tuple(_place(folder, image) for image in entry["images"]),
+                _place(folder, entry["label"]) if entry.get("label") else None,
+            )
+            for case, entry in content.get("dataset", {}).items()
+        },
+    )
+
+
+def _place(folder: Path, path: str) -> Path:
+    """A path of dataset.json, which nnU-Net expands and takes from the dataset's folder."""
+    return folder / os.path.expandvars(path)

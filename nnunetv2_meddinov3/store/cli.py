@@ -1,0 +1,98 @@
+"""``meddinov3 store verify|merge|split|export``: look after stores of slices."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2_meddinov3.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``meddinov3 store``."""
+    parser = argparse.ArgumentParser(prog="meddinov3 store", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verify|merge|split|export")
+    verify = verbs.add_parser(
+        "verify", help="compare every byte with its checksum; exit code 1 if anything is wrong"
+    )
+    verify.add_argument("store", type=Path, help="folder of the store")
+    merge = verbs.add_parser("merge", help="make one store of several with the same options")
+    merge.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="stores to merge")
+    merge.add_argument(
+        "--into", type=Path, required=True, help="a new folder, or a store to add to"
+    )
+    split = verbs.add_parser("split", help="deal the slices to parts, patients kept together")
+    split.add_argument("store", type=Path, help="folder of the store; splits.json is written there")
+    split.add_argument("parts", nargs="+", metavar="NAME=FRACTION", help="train=0.9 val=0.1")
+    split.add_argument("--seed", type=int, default=0, help="default: 0")
+    export = verbs.add_parser("export", help="write each slice as a .npy file (int16)")
+    export.add_argument("store", type=Path, help="folder of the store")
+    export.add_argument("target", type=Path, help="a new or empty folder")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``meddinov3 store`` and return the exit code.
+
+    Raises:
+        UserError: If a store is missing or unfit for what is asked, or a target cannot be written.
+    """
+    args = build_parser().parse_args(argv)
+    verbs = {"verify": _verify, "merge": _merge, "split": _split, "export": _export}
+    return verbs[args.verb](args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from nnunetv2_meddinov3.store.verify import verify
+
+    found = verify(args.store, _progress if sys.stderr.isatty() else None)
+    for sentence in found:
+        print(sentence)
+    print(f"{args.store}: {len(found)} problem(s) found" if found else f"{args.store}: intact")
+    return 1 if found else 0
+
+
+def _progress(done: int, of: int) -> None:
+    sys.stderr.write(f"\r{done}/{of} volumes" + ("\n" if done == of else ""))
+    sys.stderr.flush()
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from nnunetv2_meddinov3.store.manage import merge
+    from nnunetv2_meddinov3.store.reader import SliceStore
+
+    merge(args.stores, args.into)
+    print(f"{args.into}: {len(SliceStore(args.into))} slices of {len(args.stores)} store(s)")
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from nnunetv2_meddinov3.store.splitting import split_by_patient
+
+    rows = split_by_patient(args.store, _fractions(args.parts), args.seed)
+    for name, numbers in rows.items():
+        print(f"{name}: {len(numbers)} slices")
+    return 0
+
+
+def _fractions(parts: Sequence[str]) -> dict[str, float]:
+    fractions = {}
+    for part in parts:
+        name, _, share = part.partition("=")
+        try:
+            fractions[name] = float(share)
+        except ValueError as error:
+            raise UserError(
+                f"a part must be NAME=FRACTION such as train=0.9, got {part!r}: name each part "
+                "with its fraction."
+            ) from error
+    if len(fractions) < len(parts):
+        raise UserError(f"the parts must have different names, got {' '.join(parts)}: rename one.")
+    return fractions
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nnunetv2_meddinov3.store.manage import export_npy
+
+    print(f"{args.target}: {export_npy(args.store, args.target)} slices")
+    return 0

@@ -1,0 +1,173 @@
+"""Writing a store: one array and one record per source, each put in its place whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.store import arrays, layout
+from nnunetv2_meddinov3.store.records import VolumeRecord, volume_identity
+
+
+class StoreWriter:
+    """Adds volumes to a store; any number of processes may do so at once.
+
+    A volume has entered once its record is there, which is written after its array, so a writer
+    may be killed at any moment: the store is then as if the volume had never been begun.
+
+    Args:
+        folder: the store; made where it does not exist.
+        options: what the slices depend on, as JSON can hold it; a store has one set of options.
+
+    Raises:
+        UserError: If the folder cannot be written, holds something else, or was made with other
+            options.
+    """
+
+    def __init__(self, folder: Path | str, options: dict[str, Any]):
+        self.folder = Path(folder)
+        self.options = json.loads(json.dumps(options))
+        _make_folders(self.folder)
+        layout.sweep_leftovers(self.folder)
+        data = layout.sealed({"format": layout.FORMAT, "options": self.options}, "store_sha256")
+        layout.write_atomically(self.folder / layout.STORE, data, keep_existing=True)
+        made_with = layout.read_options(self.folder)
+        if made_with != self.options:
+            raise UserError(
+                f"{self.folder} must be continued with the options it was made with, but "
+                f"{_differences(made_with, self.options)}: give the same options or another "
+                "folder."
+            )
+
+    def has(self, source_key: str, source_sha256: str) -> bool:
+        """Whether a source has entered as it is now, with its array in place."""
+        path = self.folder / layout.RECORDS / layout.name_of(source_key)
+        try:
+            record = read_record(path)
+            size = (self.folder / layout.array_name(record.volume_id)).stat().st_size
+        except (FileNotFoundError, layout.Damaged):
+            return False
+        return record.source_sha256 == source_sha256 and size == record.array_bytes
+
+    def write_volume(self, record: VolumeRecord, slices: np.ndarray) -> VolumeRecord:
+        """Stores the slices of one source and returns its record, completed.
+
+        Args:
+            record: what is known of the source; names and sizes of the array are filled in.
+            slices: (S, H, W) int16, at least one slice.
+
+        Raises:
+            UserError: If a file cannot be written.
+            ValueError: If the slices are not int16, or do not fit the record.
+        """
+        if slices.dtype != np.int16 or slices.ndim != 3 or 0 in slices.shape:
+            raise ValueError(
+                f"slices must be int16 of shape (S, H, W) with at least one slice, got "
+                f"{slices.dtype} of shape {slices.shape}; a source without slices is a skip."
+            )
+        indices = [each.index for each in record.slices]
+        if tuple(record.shape) != slices.shape or indices != list(range(len(slices))):
+            raise ValueError(
+                f"the record must describe each of the {len(slices)} slices in order and have "
+                f"their shape {slices.shape}, got {len(indices)} and shape {record.shape}."
+            )
+        named = replace(record, volume_id=volume_identity(slices))
+        return self.adopt(named, arrays.encode(slices))
+
+    def adopt(self, record: VolumeRecord, frame: bytes) -> VolumeRecord:
+        """Stores an array that is compressed already.
+
+        Args:
+            record: has the ``volume_id`` of the array.
+            frame: the bytes of the array file.
+
+        Raises:
+            UserError: If a file cannot be written.
+        """
+        frame = self._place(record.volume_id, frame)
+        record = replace(record, array_sha256=arrays.sha256(frame), array_bytes=len(frame))
+        name = layout.name_of(record.source_key)
+        layout.write_atomically(
+            self.folder / layout.RECORDS / name, layout.sealed(record.to_dict(), "record_sha256")
+        )
+        (self.folder / layout.SKIPPED / name).unlink(missing_ok=True)
+        return record
+
+    def write_skip(self, source_key: str, reason: str) -> None:
+        """Notes why a source did not enter; an earlier record of it stays, and outranks this.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        values = {"source_key": source_key, "reason": reason}
+        path = self.folder / layout.SKIPPED / layout.name_of(source_key)
+        layout.write_atomically(path, layout.sealed(values, "skip_sha256"))
+
+    def _place(self, volume_id: str, frame: bytes) -> bytes:
+        """Writes an array unless it is there; returns the bytes that are there afterwards.
+
+        An array that another version of the compressor made is kept, since the records of other
+        sources have its checksum.
+        """
+        path = self.folder / layout.array_name(volume_id)
+        present = path.read_bytes() if path.is_file() else b""
+        if present == frame:
+            return frame
+        if present and _decodes_to(present, volume_id):
+            return present
+        layout.write_atomically(path, frame)
+        return frame
+
+
+def read_record(path: Path) -> VolumeRecord:
+    """One record.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        Damaged: If it is not what was written.
+    """
+    return VolumeRecord.from_dict(layout.unsealed(path.read_bytes(), "record_sha256"))
+
+
+def _decodes_to(frame: bytes, volume_id: str) -> bool:
+    try:
+        return volume_identity(arrays.decode(frame)) == volume_id
+    except Exception:  # the decompressor raises whatever damaged bytes lead it to
+        return False
+
+
+def _make_folders(folder: Path) -> None:
+    try:
+        if not (folder / layout.STORE).is_file() and folder.is_dir():
+            others = [path.name for path in folder.iterdir() if not _may_precede(path.name)]
+            if others:
+                raise UserError(
+                    f"{folder} must be a slice store or an empty folder, but holds other files "
+                    f"such as {min(others)}: give another folder."
+                )
+        for name in sorted(layout.FOLDERS):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(
+            f"the store {folder} must be a folder that can be written, but: "
+            f"{error.strerror or error}; give another folder, or change its permissions."
+        ) from error
+
+
+def _may_precede(name: str) -> bool:
+    """What a writer killed while it made the store may have left, and files of the system."""
+    return name in layout.FOLDERS or name.startswith((".", layout.STORE))
+
+
+def _differences(made_with: dict[str, Any], given: dict[str, Any]) -> str:
+    """How two sets of options differ, for a sentence."""
+    names = sorted(n for n in {*made_with, *given} if made_with.get(n) != given.get(n))
+    return ", ".join(f"{n} was {made_with.get(n)!r} and is now {given.get(n)!r}" for n in names)

@@ -1,0 +1,98 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from nnunetv2_meddinov3.pretrain.config import Augment, Intensity
+from nnunetv2_meddinov3.pretrain.views.photometric import change, normalise
+
+NOTHING = {
+    f.name: 0.0
+    for f in dataclasses.fields(Augment)
+    if f.name.endswith("_probability") and f.name != "blur_probability"
+}
+
+
+def crops(n=4, size=32):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, 1, size, size, generator=g) * 200 + 50
+
+
+def changed(x, blur=0.0, seed=0, **options):
+    augment = Augment(**{**NOTHING, **options})
+    noise = torch.Generator().manual_seed(seed)
+    return change(x, augment, Intensity(), blur, np.random.default_rng(seed), noise)
+
+
+def test_with_all_probabilities_0_only_the_range_is_clipped():
+    x = crops() * 10
+    assert torch.equal(changed(x), x.clamp(-1000, 1000))
+
+
+def test_a_window_is_clipped_and_stretched_over_the_range():
+    x = torch.tensor([-1000.0, -160, 40, 240, 1000]).view(1, 1, 1, 5).repeat(1, 1, 5, 1)
+    out = changed(x, window_probability=1, window_level_hu=[40, 40], window_width_hu=[400, 400])
+    assert out[0, 0, 0].tolist() == pytest.approx([-1000, -1000, 0, 1000, 1000], abs=1e-3)
+
+
+def test_contrast_turns_about_the_mean_of_the_crop_and_brightness_is_added():
+    x = crops(2)
+    out = changed(x, contrast_probability=1, contrast=[0.5, 0.5], brightness_hu=[30, 30])
+    mean = x.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(out, (x - mean) * 0.5 + mean + 30)
+
+
+def test_gamma_acts_on_the_range_scaled_to_1():
+    x = torch.tensor([-1000.0, -500, 0, 1000]).view(1, 1, 2, 2)
+    out = changed(x, gamma_probability=1, gamma=[2, 2])
+    assert out.flatten().tolist() == pytest.approx([-1000, -875, -500, 1000], abs=1e-3)
+
+
+def test_blur_is_a_gaussian_mirrored_at_the_edges():
+    x = crops(1)
+    out = changed(x, blur=1.0, blur_sigma_pixels=[1.3, 1.3])
+    wanted = gaussian_filter(x[0, 0].numpy(), 1.3, mode="mirror", radius=4)
+    np.testing.assert_allclose(out[0, 0].numpy(), wanted, atol=1e-2)
+
+
+def test_noise_has_the_standard_deviation_that_is_asked_for():
+    x = torch.zeros(4, 1, 64, 64)
+    out = changed(x, noise_probability=1, noise_sd_hu=[20, 20])
+    assert out.std().item() == pytest.approx(20, rel=0.03)
+    assert not torch.equal(out[0], out[1])
+
+
+def test_what_noise_adds_beyond_the_range_is_clipped():
+    out = changed(torch.full((2, 1, 16, 16), 990.0), noise_probability=1, noise_sd_hu=[50, 50])
+    assert out.max() == 1000
+
+
+def test_low_resolution_takes_away_detail_and_keeps_the_mean():
+    x = crops(2)
+    out = changed(x, low_resolution_probability=1, low_resolution=[0.5, 0.5])
+    assert out.std() < 0.75 * x.std()
+    torch.testing.assert_close(out.mean(), x.mean(), rtol=0, atol=3)
+    same = changed(x, low_resolution_probability=1, low_resolution=[1, 1])
+    torch.testing.assert_close(same, x, rtol=1e-4, atol=0.05)
+
+
+def test_a_probability_is_the_share_of_crops_that_are_changed():
+    x = crops(400, 4)
+    out = changed(x, contrast_probability=0.3, contrast=[0.5, 0.5])
+    share = (out != x).flatten(1).any(1).float().mean().item()
+    assert 0.23 < share < 0.37
+
+
+def test_each_crop_has_values_of_its_own_and_a_seed_gives_them_again():
+    x = crops(1).repeat(4, 1, 1, 1)
+    out = changed(x, contrast_probability=1, contrast=[0.5, 1.5])
+    assert len({round(o.std().item(), 3) for o in out}) == 4
+    assert torch.equal(out, changed(x, contrast_probability=1, contrast=[0.5, 1.5]))
+    assert not torch.equal(out, changed(x, seed=1, contrast_probability=1, contrast=[0.5, 1.5]))
+
+
+def test_normalised_values_are_those_of_the_release():
+    out = normalise(torch.tensor([-3000.0, 65.1084213256836, 1000.0]), Intensity())
+    assert out.tolist() == pytest.approx([-5.98, 0, 5.25], abs=0.01)
