@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,21 @@ class RawDataset:
                 cases.setdefault(match[1], {})[int(match[2])] = path
         return cases
 
+    def split_name(self, name: str, endings: Sequence[str] = ()) -> tuple[str, int] | None:
+        """Return case and channel of an image's file name, None if nnU-Net names no image so.
+
+        Args:
+            name: Of the file.
+            endings: Those to accept where dataset.json names none (Decathlon); a name without a
+                channel is then channel 0.
+        """
+        if self.ending:
+            match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(self.ending)}", name)
+        else:
+            known = "|".join(map(re.escape, endings))
+            match = re.fullmatch(rf"(.+?)(?:_(\d{{4}}))?(?:{known})", name)
+        return (match[1], int(match[2] or 0)) if match else None
+
     def label(self, case: str, part: str = "labelsTr") -> Path:
         """Return the label file of a case, which need not exist."""
         if part == "labelsTr" and case in self.entries and self.entries[case][1] is not None:
@@ -78,20 +93,49 @@ def open_raw_dataset(folder: Path | str) -> RawDataset:
     """
     folder = Path(folder)
     path = folder / "dataset.json"
+    content = _read_json(path)
+    if not _is_of_a_raw_dataset(content):
+        raise UserError(f"{_WANTED}, but {path} lacks channel_names: add what is missing.")
+    return _checked(folder, content)
+
+
+def find_raw_dataset(folder: Path) -> RawDataset | None:
+    """Return the dataset of a folder without its labels, None if the folder is not a dataset.
+
+    For those who read images alone: the labels may be anything. A dataset.json that is not about
+    images does not count.
+
+    Raises:
+        UserError: If dataset.json cannot be read or is not as nnU-Net wants it; the cause of the
+            error says why without the path.
+    """
+    path = folder / "dataset.json"
+    if not path.is_file():
+        return None
+    content = _read_json(path)
+    return _checked(folder, {**content, "labels": {}}) if _is_of_a_raw_dataset(content) else None
+
+
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{_WANTED}, but there is no {path}: give the dataset's folder.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} must be readable JSON: {first_line(error)}.") from error
-    if not isinstance(content, dict) or not {"channel_names", "modality"} & content.keys():
-        raise UserError(f"{_WANTED}, but {path} lacks channel_names: add what is missing.")
+
+
+def _is_of_a_raw_dataset(content: Any) -> bool:
+    return isinstance(content, dict) and bool({"channel_names", "modality"} & content.keys())
+
+
+def _checked(folder: Path, content: dict[str, Any]) -> RawDataset:
     try:
         return _parse(folder, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} must have channel_names, labels and dataset as nnU-Net wants them, but has "
-            f"not ({type(error).__name__}: {first_line(error)})."
+            f"{folder / 'dataset.json'} must have channel_names, labels and dataset as nnU-Net "
+            f"wants them, but has not ({type(error).__name__}: {first_line(error)})."
         ) from error
 
 

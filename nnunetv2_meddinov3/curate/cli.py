@@ -1,4 +1,4 @@
-"""``meddinov3 curate``: brings volumes into a store of slices for pretraining."""
+"""``meddinov3 curate``: converts volumes into a store of slices for pretraining."""
 
 import argparse
 import re
@@ -9,7 +9,7 @@ from nnunetv2_meddinov3.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Curate what the command line names and print what became of it.
+    """Curate what the command line names and print the result.
 
     Args:
         argv: What was typed after ``meddinov3 curate``; by default that of this process.
@@ -24,9 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     # Imported here because `--help` need not wait for SimpleITK and matplotlib.
-    from nnunetv2_meddinov3.curate.benchmarks import DEFAULT_BENCHMARKS
+    from nnunetv2_meddinov3.curate.leakage import DEFAULT_BENCHMARKS
     from nnunetv2_meddinov3.curate.pipeline import curate
-    from nnunetv2_meddinov3.curate.progress import Progress
 
     summary = curate(
         arguments.sources,
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         dask_scheduler=arguments.dask_scheduler,
         benchmark_names=arguments.benchmark_names or DEFAULT_BENCHMARKS,
         allow_benchmarks=arguments.allow_benchmarks,
-        progress=Progress(sys.stderr),
+        progress=sys.stderr,
     )
     print(summary)
     print(f"Report: {arguments.store / 'report.html'}")
@@ -60,7 +59,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meddinov3 curate",
-        description="Brings volumes into a store of axial slices. What the store has already is "
+        description="Converts volumes into a store of axial slices. What the store has already is "
         "left alone, so the same command continues an interrupted run.",
     )
     add = parser.add_argument

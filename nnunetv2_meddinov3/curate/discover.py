@@ -1,7 +1,7 @@
 """Finding inputs: nnU-Net raw datasets, folders of volumes, DICOM, single files.
 
 Nothing but DICOM headers is opened here. Labels are never listed: of an nnU-Net dataset only the
-folders of images are, and elsewhere folders named ``labels...`` are passed by.
+folders of images are, and elsewhere folders named ``labels...`` are skipped.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from nnunetv2_meddinov3.curate.readers.dicom_elements import has_mark
-from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
-from nnunetv2_meddinov3.curate.readers.imagefile import DETACHED, PICTURES, ending_of
-from nnunetv2_meddinov3.curate.readers.nnunet_raw import RawDataset, dataset_around, open_dataset
+from nnunetv2_meddinov3.curate.readers.dicom import read_header
+from nnunetv2_meddinov3.curate.readers.dicom_guard import has_mark
+from nnunetv2_meddinov3.curate.readers.images import DETACHED, ENDINGS, PICTURES, ending_of
 from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, plain_text
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.raw_dataset import RawDataset, find_raw_dataset
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 DETACHED_DATA = (".raw", ".zraw", ".raw.gz")  # beside a header of DETACHED
@@ -25,7 +25,7 @@ DOCUMENTS = re.compile(
     r".*\.(txt|md|rst|json|csv|tsv|xml|html?|pdf|docx?|xlsx?|ya?ml|py|sh|log|sha256|md5|bib)"
     r"|(LICEN[SC]E|README|CHANGES|NOTICE|COPYING|DICOMDIR|(SHA|MD5)\w*)(\..*)?",
     re.IGNORECASE,
-)  # what lies beside images and is none
+)  # what is kept beside images
 LABEL_FOLDERS = re.compile(r"labels(Tr|Ts|Va|Val)?|gt_segmentations", re.IGNORECASE)
 
 
@@ -38,8 +38,8 @@ def find_sources(
 
     Returns:
         What was found, and (key, reason) of what cannot be an input: loops of folders, empty
-        files, folders that cannot be read, unknown endings and the like. Documents that lie
-        beside images (README, .csv, .json, ...) are neither.
+        files, folders that cannot be read, unknown endings and the like. Documents beside
+        images (README, .csv, .json, ...) are neither.
 
     Raises:
         UserError: If an argument does not exist, or two different ones have the same name.
@@ -51,8 +51,8 @@ def find_sources(
         if not path.exists():
             raise UserError(f"A source must be a file or folder, but {path} does not exist.")
         path = path.resolve() if ".." in path.parts else path
-        dataset = dataset_around(path) if path.is_dir() else None
-        base = f"{dataset.name}/{path.name}" if dataset else path.name or "root"
+        dataset = _dataset_around(path) if path.is_dir() else None
+        base = f"{dataset.folder.name}/{path.name}" if dataset else path.name or "root"
         base = plain_text(base)
         if names.setdefault(base, path).resolve() != path.resolve():
             raise UserError(
@@ -71,14 +71,16 @@ class _Finder:
         self.found: dict[str, VolumeSource] = {}
         self.refused: dict[str, str] = {}
         self.seen: set[tuple[int, int]] = set()  # device and inode of files and folders
-        self.series: dict[tuple[str, str], list[tuple[SliceHeader, str, str]]] = {}
+        # of a series and a patient: key, path and dataset of each file
+        self.series: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
 
     def argument(self, path: Path, base: str, dataset: RawDataset | None) -> None:
         """Take one argument; ``dataset`` if it is a folder of an nnU-Net dataset."""
         if not path.is_dir():
-            around = dataset_around(path.parent)
+            around = _dataset_around(path.parent)
             if around is None or not self._image(path, base, around):
-                self._file(path, base, around.name if around else path.parent.name, path.name)
+                name = around.folder.name if around else path.parent.name
+                self._file(path, base, name, path.name)
         elif dataset is not None and LABEL_FOLDERS.fullmatch(path.name):
             self.refused[base] = "it holds labels, which are never read"
         elif dataset is not None:
@@ -87,15 +89,15 @@ class _Finder:
             self._folder(path, base, base, base, ())
 
     def results(self) -> tuple[list[VolumeSource], list[tuple[str, str]]]:
-        """Everything found and refused, sorted by key, with the DICOM files as series."""
+        """Return everything found and refused, sorted by key, with the DICOM files as series."""
         for (uid, patient), members in sorted(self.series.items(), key=lambda item: item[0]):
-            members.sort(key=lambda member: member[1])
-            folder = os.path.commonpath([PurePosixPath(key).parent for _, key, _ in members])
-            key = f"{members[0][1] if folder in ('', '.') else folder}#{uid}"
+            members.sort()
+            folder = os.path.commonpath([PurePosixPath(key).parent for key, _, _ in members])
+            key = f"{members[0][0] if folder in ('', '.') else folder}#{uid}"
             if key in self.found:
                 self.refused[key] = "another patient's series in this folder has the same UID"
                 continue
-            paths = tuple(str(header.path) for header, _, _ in members)
+            paths = tuple(path for _, path, _ in members)
             self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
         return [self.found[key] for key in sorted(self.found)], sorted(self.refused.items())
 
@@ -104,7 +106,7 @@ class _Finder:
         return status.st_dev, status.st_ino
 
     def _entries(self, folder: Path, key: str) -> list[Path]:
-        """What lies in a folder by name, without hidden things, links last."""
+        """Return the contents of a folder by name, without hidden ones, links last."""
         try:
             entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
             return sorted(entries, key=lambda path: (path.is_symlink(), path.name))
@@ -140,9 +142,10 @@ class _Finder:
 
     def _raw_dataset(self, folder: Path, key: str) -> RawDataset | None:
         try:
-            return open_dataset(folder)
-        except Unreadable as error:
-            self.refused[f"{key}/dataset.json"] = str(error)
+            return find_raw_dataset(folder)
+        except UserError as error:
+            why = first_line(error.__cause__ or error)
+            self.refused[f"{key}/dataset.json"] = f"it is not as nnU-Net wants it ({why})"
             return None
 
     def _images(
@@ -162,19 +165,21 @@ class _Finder:
 
     def _listed(self, raw: RawDataset, key: str) -> None:
         """The images that dataset.json lists, for those that lie in other places."""
-        for case, channel, path in raw.listed():
-            child = f"{key}/{case}_{channel:04d}{raw.ending}"
-            if self._regular(path, child):
-                self._add(path, child, raw.name, case, channel, raw.channel_names.get(channel))
+        for case, (images, _) in sorted(raw.entries.items()):
+            for channel, path in enumerate(images):
+                child = f"{key}/{case}_{channel:04d}{raw.ending}"
+                if self._regular(path, child):
+                    name = raw.channel_names.get(channel)
+                    self._add(path, child, raw.folder.name, case, name)
 
     def _image(self, path: Path, key: str, raw: RawDataset) -> bool:
         """Take an image that is named as the dataset wants; False if it is not."""
-        match = raw.pattern.fullmatch(path.name)
-        if match is None:
+        named = raw.split_name(path.name, ENDINGS)
+        if named is None:
             return False
-        channel = int(match["channel"] or 0)
+        case, channel = named
         if self._regular(path, key):
-            self._add(path, key, raw.name, match["case"], channel, raw.channel_names.get(channel))
+            self._add(path, key, raw.folder.name, case, raw.channel_names.get(channel))
         return True
 
     def _file(self, path: Path, key: str, dataset: str, relative: str) -> None:
@@ -183,7 +188,7 @@ class _Finder:
             return
         ending = ending_of(path.name)
         if ending is not None:
-            self._add(path, key, dataset, relative[: -len(ending)], None, None)
+            self._add(path, key, dataset, relative[: -len(ending)])
             return
         try:
             if path.suffix.lower() not in DICOM_ENDINGS and not has_mark(path):
@@ -199,9 +204,8 @@ class _Finder:
             if not header.series:
                 self.refused[key] = "it has no SeriesInstanceUID"
                 return
-            self.series.setdefault((header.series, header.patient), []).append(
-                (header, key, dataset)
-            )
+            members = self.series.setdefault((header.series, header.patient), [])
+            members.append((key, str(path), dataset))
 
     def _belongs_to_header(self, path: Path) -> bool:
         data = next((end for end in DETACHED_DATA if path.name.lower().endswith(end)), None)
@@ -209,7 +213,7 @@ class _Finder:
         return stem is not None and any(path.with_name(stem + end).is_file() for end in DETACHED)
 
     def _regular(self, path: Path, key: str) -> bool:
-        """Whether a file can be opened and was not seen yet; what cannot is refused."""
+        """Return whether a file can be opened and was not seen yet; refuse what cannot."""
         try:
             status = path.stat()
         except OSError as error:
@@ -219,7 +223,7 @@ class _Finder:
             )
             return False
         if not stat.S_ISREG(status.st_mode):
-            self.refused[key] = "it is no regular file"
+            self.refused[key] = "it is not a regular file"
             return False
         identity = (status.st_dev, status.st_ino)
         if identity in self.seen:
@@ -231,17 +235,26 @@ class _Finder:
         return True
 
     def _add(
-        self, path: Path, key: str, dataset: str, patient: str, channel: int | None,
-        channel_name: str | None,
-    ) -> None:  # fmt: skip
+        self, path: Path, key: str, dataset: str, patient: str, channel_name: str | None = None
+    ) -> None:
         kind = "png" if ending_of(path.name) in PICTURES else "file"
         self.found[key] = VolumeSource(
-            key, kind, (str(path),), plain_text(dataset), plain_text(patient), channel, channel_name
+            key, kind, (str(path),), plain_text(dataset), plain_text(patient), channel_name
         )
 
 
+def _dataset_around(folder: Path) -> RawDataset | None:
+    """Return the dataset that a folder of images or labels is a part of, if it is one."""
+    if not re.match(r"images|labels", folder.name):
+        return None
+    try:
+        return find_raw_dataset(folder.parent)
+    except UserError:
+        return None
+
+
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder or a link to one; False where that cannot be told."""
+    """Return whether it is a folder or a link to one; False where that cannot be told."""
     try:
         return path.is_dir()
     except OSError:

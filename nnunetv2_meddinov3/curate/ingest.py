@@ -1,21 +1,29 @@
-"""One source on its way into a store: hash, read, cut, compare with what is excluded, write."""
+"""One source on its way into a store: read, reorient, check, guard, write."""
+
+from __future__ import annotations
 
 import platform
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.curate.leakage import Guard
-from nnunetv2_meddinov3.curate.reading import read_volume
-from nnunetv2_meddinov3.curate.slices import SliceRules, cut_volume
-from nnunetv2_meddinov3.curate.stack import stack_slices
-from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource
+from nnunetv2_meddinov3.curate.modalities import identify
+from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.readers import read
+from nnunetv2_meddinov3.curate.slices import (
+    CutVolume,
+    SliceRules,
+    count_reasons,
+    cut_volume,
+    stack_slices,
+)
+from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource
+from nnunetv2_meddinov3.errors import first_line
 from nnunetv2_meddinov3.store.fingerprints import source_sha256
 from nnunetv2_meddinov3.store.records import VolumeRecord
 from nnunetv2_meddinov3.store.writer import StoreWriter
@@ -35,12 +43,12 @@ class Outcome:
     """What became of one source.
 
     Attributes:
-        key: of the source.
+        key: Of the source.
         state: ``"entered"``, ``"present"`` (entered in an earlier run) or ``"skipped"``.
-        reason: why it was skipped, else empty.
-        slices: number of slices written.
-        left_out: reason -> number of slices of the volume left out for it.
-        n_bytes: size of the source's files, 0 where they were not read.
+        reason: Why it was skipped, in one line; else empty.
+        slices: Number of slices written.
+        left_out: Reason -> number of slices of the volume left out for it.
+        n_bytes: Size of the source's files, 0 where they were not read.
     """
 
     key: str
@@ -51,10 +59,10 @@ class Outcome:
     n_bytes: int = 0
 
 
-def enter(source: VolumeSource, job: Job) -> Outcome:
-    """Bring one source into the store, or note there why it cannot enter.
+def ingest(source: VolumeSource, job: Job) -> Outcome:
+    """Bring one source into the store.
 
-    Nothing a source holds stops a run: what cannot be read, cut or shared is skipped.
+    Nothing a source holds stops a run: what cannot be read or must not enter is skipped.
 
     Raises:
         UserError: If the store cannot be written.
@@ -63,71 +71,69 @@ def enter(source: VolumeSource, job: Job) -> Outcome:
         sha256 = source_sha256(source.paths)
         if job.writer.has(source.key, sha256):
             return Outcome(source.key, "present")
-        record, array = _read(source, sha256, job)
-    except Unreadable as error:
-        return skip(source.key, str(error), job)
-    except MemoryError:
-        return skip(source.key, "needs more memory than there is", job)
-    except OSError as error:
-        return skip(source.key, f"cannot be read ({error.strerror or error})", job)
+        volume = reorient(read(source))  # in one line: the voxels in the file's order are freed
+        volume = identify(volume, source)
+        stack = stack_slices(volume)
+        excluded, near = job.guard.inspect(stack)
+        if excluded:
+            raise Unreadable(excluded)
+        cut = cut_volume(volume, stack, job.rules, frozenset(near))
+        n_bytes = sum(Path(path).stat().st_size for path in source.paths)
     except Exception as error:  # a reader may fail in its own way on a malformed file
-        return skip(source.key, f"cannot be read ({type(error).__name__}: {error})", job)
-    job.writer.write_volume(record, array)
-    n_bytes = sum(Path(path).stat().st_size for path in source.paths)
-    counts = count_reasons(record.left_out)
-    return Outcome(source.key, "entered", "", len(record.slices), counts, n_bytes)
+        return skipped(source.key, _why(error))
+    notes = (*stack.notes, *job.guard.note())
+    record = _record(source, sha256, volume, cut, stack.intensity, notes)
+    job.writer.write_volume(record, cut.array)
+    counts = count_reasons(cut.left_out)
+    return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes)
 
 
-def _read(source: VolumeSource, sha256: str, job: Job) -> tuple[VolumeRecord, np.ndarray]:
-    """The record and the slices (S, H, W) of a source that may enter.
+def skipped(key: str, reason: str) -> Outcome:
+    """Return the outcome of a source that does not enter."""
+    return Outcome(key, "skipped", " ".join(reason.split()))
 
-    Raises:
-        Unreadable: If it may not.
-    """
-    volume = read_volume(source)
-    stack = stack_slices(volume)
-    excluded, near = job.guard.inspect(stack)
-    if excluded:
-        raise Unreadable(excluded)
-    cut = cut_volume(volume, stack, job.rules, frozenset(near))
-    if not cut.records:
-        counts = count_reasons(cut.left_out).items()
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts)
-        raise Unreadable(f"no slice is left ({reasons})")
-    record = VolumeRecord(
+
+def _why(error: Exception) -> str:
+    """Return why a source does not enter."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "needs more memory than is available"
+    if isinstance(error, OSError):
+        return f"cannot be read ({first_line(error)})"
+    return f"cannot be read ({type(error).__name__}: {first_line(error)})"
+
+
+def _record(
+    source: VolumeSource,
+    sha256: str,
+    volume: Volume,
+    cut: CutVolume,
+    intensity: dict[str, float] | None,
+    notes: tuple[str, ...],
+) -> VolumeRecord:
+    slices, height, width = cut.array.shape
+    return VolumeRecord(
         source_key=source.key,
         source_sha256=sha256,
         dataset=source.dataset,
         patient=source.patient,
-        modality=volume.modality,
+        modality=volume.modality or "unknown",
         windowed=volume.windowed,
         spacing_mm=cut.spacing,
         orientation=volume.orientation,
-        shape=cut.array.shape,
-        intensity=stack.intensity,
-        notes=(*stack.notes, *job.guard.note()),
+        shape=(slices, height, width),
+        intensity=intensity,
+        notes=notes,
         slices=cut.records,
         left_out=cut.left_out,
         versions=tool_versions(),
     )
-    return record, cut.array
-
-
-def skip(key: str, reason: str, job: Job) -> Outcome:
-    """Note in the store why a source did not enter."""
-    line = " ".join(reason.split())
-    job.writer.write_skip(key, line)
-    return Outcome(key, "skipped", line)
-
-
-def count_reasons(left_out: list[tuple[int, str]]) -> dict[str, int]:
-    """Number of slices left out for each reason, without what differs from slice to slice."""
-    return dict(Counter(reason.split(" (")[0] for _, reason in left_out))
 
 
 @lru_cache(maxsize=1)
 def tool_versions() -> dict[str, str]:
-    """Name -> version of what a stored array depends on."""
+    """Return name -> version of what a stored array depends on."""
     packages = {name: metadata.version(name) for name in ("blosc2", "nibabel", "numpy")}
     return {
         "SimpleITK": sitk.Version.VersionString(),

@@ -1,18 +1,26 @@
-"""The leakage guard: volumes of a test set, recognised by content, do not enter a store."""
+"""The leakage guard: volumes of a test set do not enter a store.
+
+Their names raise the question, so that pretraining on them is no accident; what is left out is
+decided by content.
+"""
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
 from nnunetv2_meddinov3.curate.discover import find_sources
-from nnunetv2_meddinov3.curate.reading import read_volume
-from nnunetv2_meddinov3.curate.stack import Stack, stack_slices
-from nnunetv2_meddinov3.curate.volume import Unreadable
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.curate.modalities import identify
+from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.readers import read
+from nnunetv2_meddinov3.curate.slices import Stack, stack_slices
+from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.fingerprints import (
     as_numbers,
     bit_distances,
@@ -26,6 +34,53 @@ from nnunetv2_meddinov3.store.records import VolumeRecord
 NEAR_BITS = 4  # of 64
 _LIST_LINE = re.compile(r"([0-9a-fA-F]{64})(?:[\s,]+([0-9a-fA-F]{16}))?(?:[\s,].*)?")
 _NOTE = "leakage guard"
+# The benchmarks of the paper (MedDINOv3, sec. 4.1), as lower-case words joined by "_". Task 3 of
+# the Medical Segmentation Decathlon is LiTS.
+_PATTERNS = {
+    "AMOS22": r"amos(_?(20)?22)?",
+    "BTCV": r"btcv|abdomen_?btcv|synapse",
+    "KiTS23": r"kits(_?(20)?\d\d)?",
+    "LiTS": r"lits(_?(20)?17)?|(task|dataset)_?0*3_liver|msd_liver",
+}
+# Collections that hold images of these benchmarks, as their publications say.
+_CONTAIN = {
+    r"abdomen_?ct_?1k": ("KiTS23", "LiTS"),
+    r"ct_?org": ("LiTS",),
+    r"abdomen_?atlas(_?[\d_]*(mini|pro)?)?": ("AMOS22", "BTCV", "KiTS23", "LiTS"),
+}
+DEFAULT_BENCHMARKS = tuple(_PATTERNS)
+
+
+def check_benchmarks(
+    sources: Iterable[VolumeSource],
+    arguments: Sequence[Path],
+    exclude: Sequence[Path],
+    names: Sequence[str] = DEFAULT_BENCHMARKS,
+) -> None:
+    """Refuse sources that look like a benchmark for which nothing is excluded.
+
+    Args:
+        sources: What was found.
+        arguments: The sources as given.
+        exclude: What must not enter, as given.
+        names: The benchmarks, those of the paper or others by their own names.
+
+    Raises:
+        UserError: If a name of a source, or of a folder or file in it, is that of a benchmark or
+            of a collection that contains it, and none of ``exclude`` has such a name.
+    """
+    texts = {source.dataset for source in sources}
+    texts |= {part for source in sources for part in source.key.split("#")[0].split("/")}
+    texts |= {part for path in arguments for part in path.resolve().parts[-2:]}
+    covered = {part for path in exclude for part in path.resolve().parts}
+    for name in names:
+        suspects = sorted(text for text in texts if _holds(text, name))
+        if suspects and not any(_is(text, name) for text in covered):
+            raise UserError(
+                f"The test images of {name} must not enter, but the sources hold {suspects[0]!r} "
+                f"and no --exclude has a name like {name}: give --exclude with its test images, "
+                "or --allow-benchmarks if you will not measure on it."
+            )
 
 
 @dataclass(frozen=True)
@@ -35,16 +90,14 @@ class Guard:
     Attributes:
         origins: SHA-256 of a slice (int16, LPS, own geometry) -> name of the ``--exclude`` it
             comes from.
-        looks: (N,) uint64, sorted perceptual hashes of those slices, where they are known.
-        volumes: name of an ``--exclude`` -> number of its volumes, None for a list of hashes.
+        phashes: (N,) uint64, sorted perceptual hashes of those slices, where they are known.
     """
 
     origins: dict[str, str] = field(default_factory=dict)
-    looks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    volumes: dict[str, int | None] = field(default_factory=dict)
+    phashes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
 
     def note(self) -> tuple[str, ...]:
-        """What the record of a volume says of the guard it passed; nothing if there was none."""
+        """Return what the record of a volume says of the guard it passed, nothing without one."""
         if not self.origins:
             return ()
         digest = hashlib.sha256("".join(sorted(self.origins)).encode()).hexdigest()[:16]
@@ -61,52 +114,51 @@ class Guard:
         """
         if not self.origins:
             return None, []
-        telling = stack.telling()
-        found = [self.origins.get(slice_sha256(stack.array[z])) for z in telling]
-        names = sorted({name for name in found if name is not None})
-        if names:
-            number = sum(name is not None for name in found)
-            return f"excluded: shares slices with {' and '.join(names)} ({number} slices)", []
-        return None, [z for z in telling if self._is_near(stack, z)]
+        compared = stack.informative()
+        hashes = [slice_sha256(stack.array[z]) for z in compared]
+        shared = [self.origins[sha256] for sha256 in hashes if sha256 in self.origins]
+        if shared:
+            number = f"{len(shared)} slice{'s' * (len(shared) > 1)}"
+            return f"excluded: shares {number} with {' and '.join(sorted(set(shared)))}", []
+        return None, [z for z in compared if self._is_near(stack, z)]
 
     def _is_near(self, stack: Stack, z: int) -> bool:
-        if not len(self.looks):
+        if not len(self.phashes):
             return False
-        look = as_numbers([perceptual_hash(stack.array[z], *stack.scale.window)])[0]
-        return bool(bit_distances(look, self.looks).min() <= NEAR_BITS)
+        phash = as_numbers([perceptual_hash(stack.array[z], *stack.scale.window)])[0]
+        return bool(bit_distances(phash, self.phashes).min() <= NEAR_BITS)
 
 
-def build_guard(
-    arguments: Sequence[Path], progress: Callable[[str], None] = lambda line: None
-) -> Guard:
+def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Guard:
     """Read everything that must not enter.
 
     Args:
-        arguments: each an nnU-Net raw dataset (its ``imagesTs`` if there are images in it, else
+        arguments: Each an nnU-Net raw dataset (its ``imagesTs`` if there are images in it, else
             all its images), a folder or file of volumes, a store in native geometry, or a text
             file with one SHA-256 of a slice per line, optionally followed by its perceptual hash.
-        progress: is told in a sentence what was read.
+        progress: Stream for a bar or lines about what was read; silent by default.
 
     Raises:
         UserError: If an argument is none of these, or anything in it cannot be read: a guard with
-            a hole is none.
+            a hole guards nothing.
     """
+    if not arguments:
+        return Guard()
     origins: dict[str, str] = {}
-    looks: set[str] = set()
-    volumes: dict[str, int | None] = {}
-    for argument in arguments:
-        name, slices, number = _read_excluded(argument)
-        if not slices:
-            raise UserError(
-                f"--exclude {argument} must hold volumes or hashes of slices, but has none: name "
-                "the folder with the test images."
-            )
-        origins |= {sha256: origins.get(sha256, name) for sha256, _ in slices}
-        looks |= {look for _, look in slices if look}
-        volumes[name] = number
-        what = "a list of" if number is None else f"{number} volumes with"
-        progress(f"Excluding {name}: {what} {len(slices)} slices.")
-    return Guard(origins, np.sort(as_numbers(looks)), volumes)
+    phashes: set[str] = set()
+    with Progress(len(arguments), "exclusions", stream=progress) as bar:
+        for argument in arguments:
+            name, slices, number = _read_excluded(argument)
+            if not slices:
+                raise UserError(
+                    f"--exclude {argument} must hold volumes or hashes of slices, but has none: "
+                    "name the folder with the test images."
+                )
+            origins |= {sha256: origins.get(sha256, name) for sha256, _ in slices}
+            phashes |= {phash for _, phash in slices if phash}
+            what = "a list of" if number is None else f"{number} volumes with"
+            bar.advance(f"{name} ({what} {len(slices)} slices)")
+    return Guard(origins, np.sort(as_numbers(phashes)))
 
 
 def check_store(guard: Guard, store: Path) -> None:
@@ -133,7 +185,7 @@ def check_store(guard: Guard, store: Path) -> None:
 
 
 def _read_excluded(argument: Path) -> tuple[str, list[tuple[str, str | None]], int | None]:
-    """Name, (SHA-256, perceptual hash or None) of each slice, and number of volumes."""
+    """Return name, (SHA-256, perceptual hash or None) of each slice, and number of volumes."""
     path = Path(argument)
     name = path.resolve().name
     if not path.exists():
@@ -161,16 +213,18 @@ def _slices_of_store(store: Path) -> tuple[list[tuple[str, str | None]], int]:
     return [(row.sha256, row.phash) for record in records for row in record.slices], len(records)
 
 
-def _is_resampled(options: dict) -> bool:
+def _is_resampled(options: dict[str, Any]) -> bool:
     return options.get("pixel_spacing_mm") is not None or options.get("size") is not None
 
 
 def _slices_of_list(path: Path) -> list[tuple[str, str | None]]:
-    slices = []
+    slices: list[tuple[str, str | None]] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--exclude {path} cannot be read as text ({error}).") from error
+        raise UserError(
+            f"--exclude {path} must be a readable text file, but: {first_line(error)}."
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -180,8 +234,8 @@ def _slices_of_list(path: Path) -> list[tuple[str, str | None]]:
                 f"Each line of {path} must begin with the SHA-256 of a slice (64 hexadecimal "
                 f"digits), but line {number} is {line[:80]!r}: correct it or begin it with #."
             )
-        sha256, look = match.groups()
-        slices.append((sha256.lower(), look.lower() if look else None))
+        sha256, phash = match.groups()
+        slices.append((sha256.lower(), phash.lower() if phash else None))
     return slices
 
 
@@ -190,21 +244,42 @@ def _slices_of_volumes(path: Path) -> tuple[list[tuple[str, str | None]], int]:
     if problems:
         key, reason = problems[0]
         raise _hole(path, key, reason)
-    slices = []
+    slices: list[tuple[str, str | None]] = []
     for source in sources:
         try:
-            stack = stack_slices(read_volume(source))
+            stack = stack_slices(identify(reorient(read(source)), source))
         except Unreadable as error:
             raise _hole(path, source.key, str(error)) from error
+        except MemoryError as error:
+            raise _hole(path, source.key, "it needs more memory than is available") from error
         slices += [
             (slice_sha256(stack.array[z]), perceptual_hash(stack.array[z], *stack.scale.window))
-            for z in stack.telling()
+            for z in stack.informative()
         ]
     return slices, len(sources)
 
 
 def _hole(path: Path, key: str, reason: str) -> UserError:
     return UserError(
-        f"Everything in --exclude {path} must be readable, but {key} is not ({reason}): mend it, "
+        f"Everything in --exclude {path} must be readable, but {key} is not ({reason}): fix it, "
         "or name the folder or the files of the test images alone."
     )
+
+
+def _is(text: str, name: str) -> bool:
+    pattern = _PATTERNS.get(name, re.escape(_words(name)))
+    return re.search(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", _words(text)) is not None
+
+
+def _holds(text: str, name: str) -> bool:
+    if _is(text, name):
+        return True
+    return any(
+        name in contained and re.search(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", _words(text))
+        for pattern, contained in _CONTAIN.items()
+    )
+
+
+def _words(text: str) -> str:
+    """Return lower-case words and numbers joined by "_"."""
+    return "_".join(re.findall(r"[a-z0-9]+", text.lower()))

@@ -1,10 +1,13 @@
-"""What the values of a volume tell: modality, label maps, padding, and the range of intensities."""
+"""What names and values tell of a volume: modality, label maps, padding, range of intensities."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
+
+from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource
 
 MR_NAMES = re.compile(r"mri?|t[12](w|c|ce|gd|n|star)*|flair|pdw?|adc|dwi|swi|dce|cbf|cbv|bold")
 HU_AIR = -200  # below fat; a CT with none of this shows no air at all
@@ -15,8 +18,40 @@ SAMPLED = 16  # slices looked at for label maps
 MAX_SAMPLE = 4_000_000  # voxels that percentiles are taken of
 
 
+def identify(volume: Volume, source: VolumeSource) -> Volume:
+    """Add what the values tell: modality, range of intensities, and remarks for the record.
+
+    Args:
+        volume: As it was read; its modality is known where the file says it.
+        source: Where it comes from; an nnU-Net channel's name tells the modality too.
+
+    Raises:
+        Unreadable: If it is a label map.
+    """
+    array, notes = volume.array, list(volume.notes)
+    modality = volume.modality or modality_of_name(source.channel_name)
+    if source.kind == "file" and looks_like_labels(array):
+        raise Unreadable("it looks like a label map (few whole numbers, in patches), not an image")
+    if modality is None:
+        is_hu = not volume.windowed and looks_like_hu(array)
+        modality = "CT" if is_hu else "unknown"
+        notes.append(f"modality guessed from the values: {modality}")
+    elif modality == "CT" and not volume.windowed and not looks_like_hu(array):
+        notes.append("said to be CT, but its values show no air or are out of the range of HU")
+    intensity = None
+    if volume.windowed:
+        intensity = {"low": 0.0, "high": 255.0}  # the ends of the window
+        notes.append("8-bit values, taken as windowed")
+    elif modality != "CT":
+        intensity = robust_range(array)
+    elif (padding := padding_value(array)) is not None:
+        share = np.count_nonzero(array == padding) / array.size
+        notes.append(f"padding value {padding} outside the field of view ({share:.0%}), kept")
+    return replace(volume, modality=modality, intensity=intensity, notes=tuple(notes))
+
+
 def modality_of_name(name: str | None) -> str | None:
-    """``"CT"`` or ``"MR"`` as nnU-Net's channel name says, None if it says neither."""
+    """Return ``"CT"`` or ``"MR"`` as nnU-Net's channel name says, None if it says neither."""
     words = re.split(r"[^a-z0-9]+", (name or "").lower())
     if "ct" in words:
         return "CT"
@@ -24,15 +59,15 @@ def modality_of_name(name: str | None) -> str | None:
 
 
 def looks_like_hu(array: np.ndarray) -> bool:
-    """Whether a volume's values are such as only CT has: air, and nearly all in a CT's range."""
+    """Return whether only CT has such values: some of air, and nearly all in a CT's range."""
     if not (array <= HU_AIR).any():
         return False
     low, high = HU_RANGE
-    return np.count_nonzero((array >= low) & (array <= high)) >= 0.99 * array.size
+    return bool(np.count_nonzero((array >= low) & (array <= high)) >= 0.99 * array.size)
 
 
 def looks_like_labels(array: np.ndarray) -> bool:
-    """Whether a volume (S, H, W) is a segmentation: few whole numbers from 0 on, in patches."""
+    """Return whether a volume (S, H, W) is a segmentation: few whole numbers >= 0, in patches."""
     if array.dtype != np.int16 or array.min() < 0:
         return False
     step = max(1, len(array) // SAMPLED)
@@ -42,11 +77,13 @@ def looks_like_labels(array: np.ndarray) -> bool:
     if not count or len(np.unique(sample)) > MAX_LABELS:
         return False
     same = np.count_nonzero(inside & (sample[:, :, :-1] == sample[:, :, 1:]))
-    return same > LABEL_PATCHES * count
+    return bool(same > LABEL_PATCHES * count)
 
 
 def padding_value(array: np.ndarray) -> int | None:
-    """The constant below air that fills the corners of most slices, outside the field of view.
+    """Return the constant below air that fills the corners of most slices.
+
+    It stands for what lies outside the field of view.
 
     Args:
         array: (S, H, W) in HU.
@@ -63,7 +100,7 @@ def padding_value(array: np.ndarray) -> int | None:
 
 
 def robust_range(array: np.ndarray) -> dict[str, float]:
-    """Percentiles 0.5 and 99.5 of the foreground, the voxels above the volume's minimum."""
+    """Return percentiles 0.5 and 99.5 of the foreground, the voxels above the minimum."""
     values = array.reshape(-1)
     values = values[:: max(1, len(values) // MAX_SAMPLE)]
     values = values[np.isfinite(values)]

@@ -1,28 +1,35 @@
-"""From volumes as they lie on disk to a store of slices: who runs what, and what came of it."""
+"""From volumes as stored on disk to a store of slices: one run, and what came of it."""
 
-import contextlib
+from __future__ import annotations
+
 import hashlib
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
-from nnunetv2_meddinov3.curate.benchmarks import DEFAULT_BENCHMARKS, check_benchmarks
 from nnunetv2_meddinov3.curate.discover import find_sources
-from nnunetv2_meddinov3.curate.ingest import Job, Outcome, skip
-from nnunetv2_meddinov3.curate.leakage import build_guard, check_store
-from nnunetv2_meddinov3.curate.pool import run_in_processes, run_in_turn, run_on_dask
-from nnunetv2_meddinov3.curate.progress import Progress
+from nnunetv2_meddinov3.curate.ingest import Job, Outcome, skipped
+from nnunetv2_meddinov3.curate.leakage import (
+    DEFAULT_BENCHMARKS,
+    build_guard,
+    check_benchmarks,
+    check_store,
+)
 from nnunetv2_meddinov3.curate.report import write_report
 from nnunetv2_meddinov3.curate.slices import SliceRules
+from nnunetv2_meddinov3.curate.volume import VolumeSource
+from nnunetv2_meddinov3.curate.workers import run_in_processes, run_in_turn, run_on_dask
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.progress import Progress
+from nnunetv2_meddinov3.signals import Stop
 from nnunetv2_meddinov3.store.index import build_index
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
-_SHOWN = 20  # skipped sources in a summary
+MAX_SHOWN = 20  # skipped sources in a summary
+PROGRESS_EVERY = 50  # volumes between two lines where there is no terminal
 ALL_ENTERED, NONE_ENTERED, SOME_SKIPPED = 0, 2, 3
 
 
@@ -31,21 +38,21 @@ class Summary:
     """What a run did.
 
     Attributes:
-        entered: number of volumes written.
-        present: number of volumes that an earlier run had written.
+        entered: Number of volumes written.
+        present: Number of volumes that an earlier run had written.
         skipped: (key, reason) of the sources that did not enter.
-        slices: number of slices written, before duplicates are removed.
-        left_out: reason -> number of slices of the entered volumes left out for it.
-        n_bytes: size of the files of the entered volumes.
-        seconds: time taken.
-        signal: number of the signal that stopped the run, None if it went to its end.
+        slices: Number of slices written, before duplicates are removed.
+        left_out: Reason -> number of slices of the entered volumes left out for it.
+        n_bytes: Size of the files of the entered volumes.
+        seconds: Time taken.
+        signal: Number of the signal that stopped the run, None if it went to its end.
     """
 
     entered: int = 0
     present: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     slices: int = 0
-    left_out: Counter = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     n_bytes: int = 0
     seconds: float = 0.0
     signal: int | None = None
@@ -77,15 +84,15 @@ class Summary:
         lines = [
             f"{self.entered} volumes entered with {self.slices} slices in {self.seconds:.1f} s "
             f"({rate:.0f} slices/s, {self.n_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s of "
-            f"files), {self.present} were there already, {len(self.skipped)} were skipped."
+            f"files), {self.present} already present, {len(self.skipped)} skipped."
         ]
         lines += [
-            f"  left out: {count} slices {reason}"
+            f"  left out: {count} {'slice' if count == 1 else 'slices'} {reason}"
             for reason, count in sorted(self.left_out.items())
         ]
-        lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:_SHOWN]]
-        if len(self.skipped) > _SHOWN:
-            lines.append(f"  and {len(self.skipped) - _SHOWN} more, which the report lists.")
+        lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:MAX_SHOWN]]
+        if len(self.skipped) > MAX_SHOWN:
+            lines.append(f"  and {len(self.skipped) - MAX_SHOWN} more, which the report lists.")
         if self.signal is not None:
             lines.append("Stopped by a signal; the same command continues the store.")
         return "\n".join(lines)
@@ -105,69 +112,80 @@ def curate(
     dask_scheduler: str | None = None,
     benchmark_names: Sequence[str] = DEFAULT_BENCHMARKS,
     allow_benchmarks: bool = False,
-    progress: Progress | None = None,
+    progress: TextIO | None = None,
 ) -> Summary:
-    """Bring volumes into a store of axial slices, in ``workers`` processes.
+    """Convert volumes into a store of axial slices, in ``workers`` processes.
 
     What the store has already is left alone, so an interrupted run continues where it stopped.
-    SIGINT and SIGTERM let the volumes at work finish; a second one leaves out index and report.
-    With ``workers`` > 1 a script must call this under ``if __name__ == "__main__":``.
+    SIGINT, SIGTERM and SIGUSR1 let the volumes at work finish, then index and report are written;
+    a second Ctrl-C ends at once. With ``workers`` > 1 a script must call this under
+    ``if __name__ == "__main__":``.
 
     Args:
         sources: nnU-Net raw datasets, folders of volumes, of DICOM or of PNG, and single files.
-        store: folder of the store; made where it does not exist.
-        workers: processes; 1 works in this one.
+        store: Folder of the store; made where it does not exist.
+        workers: Processes; 1 works in this one.
         shard: (i, n) takes the i-th of n parts, counted from 0; all may write one store at once.
-        exclude: what must not enter, see `guard.build_guard`.
-        pixel_spacing_mm: in-plane spacing to resample to; None keeps the native one.
-        size: pixels per side to resize to; None keeps what is.
-        min_gap_mm: smallest distance between slices of one volume that enter.
-        keep_flagged: let air-only and constant slices enter, flagged.
-        dask_scheduler: address of a Dask cluster to run on instead of ``workers``.
-        benchmark_names: test sets that the sources must not hold unless something is excluded.
-        allow_benchmarks: do not look for test sets by name.
-        progress: follows the run; silent by default.
+        exclude: What must not enter, see ``leakage.build_guard``.
+        pixel_spacing_mm: In-plane spacing to resample to; None keeps the native one.
+        size: Pixels per side to resize to; None keeps the size.
+        min_gap_mm: Smallest distance between slices of one volume that enter.
+        keep_flagged: Let air-only and constant slices enter, flagged.
+        dask_scheduler: Address of a Dask cluster to run on instead of ``workers``.
+        benchmark_names: Test sets that the sources must not hold unless something is excluded.
+        allow_benchmarks: Do not look for test sets by name.
+        progress: Stream for a bar (on a terminal) or lines about the run; silent by default.
 
     Raises:
         UserError: A mistake in the arguments, before anything is written, or a store that cannot
             be written.
     """
     start = time.monotonic()
-    progress = progress or Progress()
     rules = SliceRules(pixel_spacing_mm, size, min_gap_mm, keep_flagged)
     _check_numbers(workers, shard)
     arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
-    found, problems = find_sources(arguments)
-    if not found and not problems:
+    found, refused = find_sources(arguments)
+    if not found and not refused:
         raise UserError(
             f"The sources must hold volumes, but there is none in {', '.join(map(str, sources))}: "
             "give nnU-Net raw datasets, folders of NIfTI, NRRD, MHA, DICOM or PNG, or files."
         )
     if not allow_benchmarks:
         check_benchmarks(found, arguments, excluded, benchmark_names)
-    guard = build_guard(excluded, progress.say)
+    guard = build_guard(excluded, progress)
     check_store(guard, Path(store))
     job = Job(StoreWriter(Path(store).absolute(), rules.options()), rules, guard)
+
     summary = Summary()
-    for key, reason in problems:
+    for key, reason in refused:
         if in_shard(key, shard):
-            summary.add(skip(key, reason, job))
+            _count(skipped(key, reason), summary, job.writer)
     mine = [source for source in found if in_shard(source.key, shard)]
-    progress.start(len(mine))
-    with _signals() as received:
-        for outcome in _run(mine, job, workers, dask_scheduler, lambda: bool(received)):
-            summary.add(outcome)
-            progress.update(outcome)
-        progress.close()
+    with Stop() as stop:
+        with Progress(len(mine), "volumes", every=PROGRESS_EVERY, stream=progress) as bar:
+            begin = time.monotonic()
+            for outcome in _run(mine, job, workers, dask_scheduler, stop):
+                _count(outcome, summary, job.writer)
+                rate = summary.slices / max(time.monotonic() - begin, 1e-9)
+                bar.advance(
+                    f"{summary.slices} slices, {rate:.0f} slices/s, {len(summary.skipped)} skipped"
+                )
         build_index(job.writer.folder)
         write_report(job.writer.folder)
-    summary.signal = received[0] if received else None
+    summary.signal = stop.number
     summary.seconds = time.monotonic() - start
     return summary
 
 
+def _count(outcome: Outcome, summary: Summary, writer: StoreWriter) -> None:
+    """Add an outcome to the summary, and note in the store why a source did not enter."""
+    if outcome.state == "skipped":
+        writer.write_skip(outcome.key, outcome.reason)
+    summary.add(outcome)
+
+
 def in_shard(key: str, shard: tuple[int, int]) -> bool:
-    """Whether a source falls to part i of n, by a hash of its key that never changes."""
+    """Return whether a source falls to part i of n, by a hash of its key that never changes."""
     index, number = shard
     return int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) % number == index
 
@@ -184,31 +202,10 @@ def _check_numbers(workers: int, shard: tuple[int, int]) -> None:
 
 
 def _run(
-    sources: list, job: Job, workers: int, dask_scheduler: str | None, stopped: Callable[[], bool]
+    sources: list[VolumeSource], job: Job, workers: int, dask_scheduler: str | None, stop: Stop
 ) -> Iterator[Outcome]:
     if dask_scheduler is not None:
-        return run_on_dask(sources, job, dask_scheduler, stopped)
+        return run_on_dask(sources, job, dask_scheduler, stop)
     if workers == 1:
-        return run_in_turn(sources, job, stopped)
-    return run_in_processes(sources, job, workers, stopped)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM meanwhile; the second of them ends the run as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return run_in_turn(sources, job, stop)
+    return run_in_processes(sources, job, workers, stop)

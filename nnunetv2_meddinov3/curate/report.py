@@ -1,95 +1,27 @@
 """``report.html`` of a store: what is in it, what it looks like, what was left out and why."""
 
-import base64
-import html
+from __future__ import annotations
+
+import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from nnunetv2_meddinov3.curate.figures import histogram_figure, montage_figure
-from nnunetv2_meddinov3.curate.ingest import count_reasons
+from nnunetv2_meddinov3.curate.slices import count_reasons
+from nnunetv2_meddinov3.html import Block, Picture, Section, Table, Text, write_page
 from nnunetv2_meddinov3.store.index import read_records, read_skips
-from nnunetv2_meddinov3.store.layout import REPORT, write_atomically
+from nnunetv2_meddinov3.store.layout import REPORT
 from nnunetv2_meddinov3.store.reader import SliceStore
 
-MONTAGE_DATASETS = 12
+MAX_MONTAGE_DATASETS = 12
 MONTAGE_SLICES = 8  # of each
-SAMPLED_SLICES = 64  # for the histogram of HU
-WINDOW_HU = (-160, 240)  # soft tissue
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Slice store $name</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; color: #222 }
-table { border-collapse: collapse }
-th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child, .text td, .text th { text-align: left }
-td { overflow-wrap: anywhere }
-img { max-width: 100% }
-</style>
-</head>
-<body>
-<h1>Slice store $name</h1>
-<p>$summary</p>
-<h2>Datasets</h2>
-$datasets
-<h2>Distributions</h2>
-$histograms
-<h2>Slices</h2>
-<p>Evenly spaced slices of the longest volume of each dataset, from caudal (left) to cranial
-(right); CT in the window $low to $high HU.</p>
-$montage
-<h2>Flags</h2>
-<p>Flagged slices are in the store; a reader may leave them out.</p>
-$flags
-<h2>Slices left out of volumes that entered</h2>
-$left_out
-<h2>Sources that did not enter</h2>
-$skipped
-<h2>Options</h2>
-$options
-</body>
-</html>
-""")
-
-
-def write_report(folder: Path | str) -> Path:
-    """Write the page, which needs no other file, from the index and the records of a store.
-
-    Returns:
-        Its path.
-    """
-    folder = Path(folder)
-    store = SliceStore(folder)
-    left_out, per_dataset, size = _read_volumes(folder)
-    skips = read_skips(folder)
-    columns = {name: store.rows[name].to_numpy() for name in _COLUMNS}
-    page = _PAGE.substitute(
-        name=html.escape(folder.resolve().name),
-        summary=(
-            f"{len(store)} slices of {sum(row[1] for row in per_dataset)} volumes, "
-            f"{size / 1e6:.1f} MB compressed; {len(skips)} sources did not enter."
-        ),
-        datasets=_datasets(per_dataset, columns),
-        histograms=_image(_histograms(store, columns), "Histograms"),
-        montage=_image(_montage(store, columns), "Slices of each dataset"),
-        low=WINDOW_HU[0],
-        high=WINDOW_HU[1],
-        flags=_flags(store, columns),
-        left_out=_table(("source", "slices", "reason"), left_out),
-        skipped=_table(("source", "reason"), skips),
-        options=_table(("option", "value"), sorted(store.options.items())),
-    )
-    write_atomically(folder / REPORT, page.encode())
-    return folder / REPORT
-
-
+MAX_SAMPLED_SLICES = 64  # for the histogram of HU
+WINDOW_HU = (-160.0, 240.0)  # soft tissue
+_HU_BINS = np.arange(-1100, 1600, 20)
 _COLUMNS = (
     "volume_id",
     "dataset",
@@ -105,11 +37,62 @@ _COLUMNS = (
 )
 
 
-def _read_volumes(folder: Path) -> tuple[list[tuple], list[tuple], int]:
-    """What was left out; dataset, volumes, patients, slices, left out; size in bytes."""
+def write_report(folder: Path | str) -> Path:
+    """Write the page, which needs no other file, from the index and the records of a store.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    folder = Path(folder)
+    store = SliceStore(folder)
+    left_out, per_dataset, size = _read_volumes(folder)
+    skips = read_skips(folder)
+    columns = {name: store.rows[name].to_numpy() for name in _COLUMNS}
+    summary = (
+        f"{len(store)} slices of {sum(row[1] for row in per_dataset)} volumes, "
+        f"{size / 1e6:.1f} MB compressed; sources that did not enter: {len(skips)}."
+    )
+    montage = (
+        "Evenly spaced slices of the longest volume of each dataset, from caudal (left) to cranial "
+        f"(right); CT in the window {WINDOW_HU[0]:g} to {WINDOW_HU[1]:g} HU."
+    )
+    flags = "Flagged slices are in the store; a reader may leave them out."
+    sections = [
+        Section("Datasets", [_datasets(per_dataset, columns)]),
+        Section("Distributions", [Picture(_histograms(store, columns), "Histograms")]),
+        Section("Slices", [Text(montage), _montage(store, columns)]),
+        Section("Flags", [Text(flags), _table(("flag", "slices"), _flags(store, columns))]),
+        Section(
+            "Slices left out of volumes that entered",
+            [_table(("source", "slices", "reason"), left_out)],
+        ),
+        Section("Sources that did not enter", [_table(("source", "reason"), skips)]),
+        Section("Options", [_table(("option", "value"), sorted(store.options.items()))]),
+    ]
+    title = f"Slice store {folder.resolve().name}"
+    return write_page(folder / REPORT, title, [Text(summary)], sections)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Block:
+    """Return a table, of words where its last column has some, or a word where it has no rows."""
+    if not rows:
+        return Text("None.")
+    return Table(head, rows, text=head[-1] in ("reason", "value"))
+
+
+_DatasetRow = tuple[str, int, int, int, int]  # name, volumes, patients, slices, left out
+
+
+def _read_volumes(
+    folder: Path,
+) -> tuple[list[tuple[str, int, str]], list[_DatasetRow], int]:
+    """Return (source, slices, reason) of what was left out, counts by dataset, size in bytes."""
     left_out = []
-    volumes, slices, lost = Counter(), Counter(), Counter()
-    patients = defaultdict(set)
+    volumes, slices, lost = Counter[str](), Counter[str](), Counter[str]()
+    patients: dict[str, set[str]] = defaultdict(set)
     arrays = {}
     for record in read_records(folder):
         volumes[record.dataset] += 1
@@ -126,32 +109,30 @@ def _read_volumes(folder: Path) -> tuple[list[tuple], list[tuple], int]:
     return left_out, rows, sum(arrays.values())
 
 
-def _datasets(rows: Sequence[tuple], columns: dict[str, np.ndarray]) -> str:
+def _datasets(rows: Sequence[_DatasetRow], columns: dict[str, np.ndarray]) -> Block:
     listed = Counter(columns["dataset"])
-    modalities = defaultdict(set)
+    modalities: dict[str, set[str]] = defaultdict(set)
     for name, modality in set(zip(columns["dataset"], columns["modality"], strict=True)):
         modalities[name].add(modality)
     head = ("dataset", "modality", "volumes", "patients", "slices", "duplicates", "left out")
-    return _table(
-        head,
-        [
-            (
-                name,
-                ", ".join(sorted(modalities[name])) or "-",
-                volumes,
-                patients,
-                listed[name],
-                slices - listed[name],
-                lost,
-            )
-            for name, volumes, patients, slices, lost in rows
-        ],
-    )
+    cells = [
+        (
+            name,
+            ", ".join(sorted(modalities[name])) or "-",
+            volumes,
+            patients,
+            listed[name],
+            slices - listed[name],
+            lost,
+        )
+        for name, volumes, patients, slices, lost in rows
+    ]
+    return _table(head, cells)
 
 
 def _histograms(store: SliceStore, columns: dict[str, np.ndarray]) -> bytes:
     is_ct = (columns["modality"] == "CT") & ~columns["windowed"].astype(bool)
-    sample = _evenly(np.flatnonzero(is_ct), SAMPLED_SLICES)
+    sample = _evenly(np.flatnonzero(is_ct), MAX_SAMPLED_SLICES)
     values = [store[int(i)][0][::4, ::4].ravel() for i in sample]
     spacing_x, spacing_z = (columns[f"spacing_{axis}"].astype(float) for axis in "xz")
     return histogram_figure(
@@ -162,19 +143,19 @@ def _histograms(store: SliceStore, columns: dict[str, np.ndarray]) -> bytes:
     )
 
 
-def _montage(store: SliceStore, columns: dict[str, np.ndarray]) -> bytes:
+def _montage(store: SliceStore, columns: dict[str, np.ndarray]) -> Block:
     if not len(store):
-        return b""
+        return Text("None.")
     rows = []
-    for name in _evenly(np.unique(columns["dataset"]), MONTAGE_DATASETS):
+    for name in _evenly(np.unique(columns["dataset"]), MAX_MONTAGE_DATASETS):
         chosen = _evenly(_longest(columns, name), MONTAGE_SLICES)
         slices = [(store[int(i)][0], *_window(columns, i)) for i in chosen]
         rows.append((str(name), slices))
-    return montage_figure(rows)
+    return Picture(montage_figure(rows), "Slices of each dataset")
 
 
 def _longest(columns: dict[str, np.ndarray], dataset: str) -> np.ndarray:
-    """Rows of the volume of a dataset with most slices, caudal to cranial.
+    """Return the rows of a dataset's volume with most slices, caudal to cranial.
 
     Where no volume has enough slices for a row of the montage, all rows of the dataset.
     """
@@ -192,40 +173,82 @@ def _window(columns: dict[str, np.ndarray], row: int) -> tuple[float, float]:
     return (float(low), float(high)) if known else WINDOW_HU
 
 
-def _flags(store: SliceStore, columns: dict[str, np.ndarray]) -> str:
+def _flags(store: SliceStore, columns: dict[str, np.ndarray]) -> list[tuple[str, int]]:
     counts = Counter(flag for flags in store.rows["flags"].to_pylist() for flag in flags)
     counts["same perceptual hash as a slice of another volume"] = _lookalikes(columns)
-    return _table(("flag", "slices"), sorted(counts.items()))
+    return sorted(counts.items())
 
 
 def _lookalikes(columns: dict[str, np.ndarray]) -> int:
-    """Number of slices whose perceptual hash occurs in another volume too."""
+    """Return the number of slices whose perceptual hash occurs in another volume too."""
     pairs = Counter(zip(columns["phash"], columns["volume_id"], strict=True))
-    volumes = Counter(look for look, _ in pairs)
-    return sum(number for (look, _), number in pairs.items() if volumes[look] > 1)
+    volumes = Counter(phash for phash, _ in pairs)
+    return sum(number for (phash, _), number in pairs.items() if volumes[phash] > 1)
 
 
 def _evenly(items: np.ndarray, number: int) -> np.ndarray:
-    """At most so many of the items, evenly spaced, the first and the last among them."""
+    """Return at most so many items, evenly spaced, the first and the last among them."""
     if len(items) <= number:
         return items
     return items[np.linspace(0, len(items) - 1, number).round().astype(int)]
 
 
-def _image(png: bytes, title: str) -> str:
-    if not png:
-        return "<p>None.</p>"
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{title}" src="data:image/png;base64,{data}">'
+def histogram_figure(
+    spacing_x: np.ndarray, spacing_z: np.ndarray, values: np.ndarray, body: np.ndarray
+) -> bytes:
+    """Draw histograms of the index, and of the values of a sample of its slices.
+
+    Args:
+        spacing_x: (N,) in-plane spacing of each slice in mm, without the unknown.
+        spacing_z: (N,) spacing between slices in mm, without the unknown.
+        values: (M,) HU of a sample of CT pixels, empty where there is no CT.
+        body: (N,) body fraction of each slice.
+
+    Returns:
+        A PNG.
+    """
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panels = (
+        (axes[0, 0], spacing_x, 40, "pixel spacing (mm)", "slices"),
+        (axes[0, 1], spacing_z, 40, "distance between slices (mm)", "slices"),
+        (axes[1, 0], values, _HU_BINS, "HU, of a sample of CT slices", "pixels"),
+        (axes[1, 1], body, np.linspace(0, 1, 41), "body fraction", "slices"),
+    )
+    for axis, data, bins, label, counted in panels:
+        if len(data):
+            axis.hist(data, bins=bins, color="#36c")
+        else:
+            axis.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axis.transAxes)
+        axis.set_xlabel(label)
+        axis.set_ylabel(counted)
+    axes[1, 0].set_yscale("log" if len(values) else "linear")
+    return _png(figure)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    if not rows:
-        return "<p>None.</p>"
-    lines = [_line(head, "th"), *(_line(row, "td") for row in rows)]
-    texts = ' class="text"' if head[-1] in ("reason", "value") else ""
-    return f"<table{texts}>\n" + "\n".join(lines) + "\n</table>"
+def montage_figure(rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, float, float]]]]) -> bytes:
+    """Draw one row of slices per dataset.
+
+    Args:
+        rows: Title of a row, and its slices, each as (H, W) values and the low and high end of
+            the window to show it in.
+
+    Returns:
+        A PNG.
+    """
+    columns = max(len(slices) for _, slices in rows)
+    figure = Figure(figsize=(1.5 * columns, 1.75 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, (title, slices) in zip(axes, rows, strict=True):
+        line[0].set_title(title, fontsize=8, loc="left")
+        for axis, (image, low, high) in zip(line, slices, strict=False):
+            axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
+    return _png(figure)
 
 
-def _line(cells: Sequence[object], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells)}</tr>"
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -1,22 +1,32 @@
-"""The rules that turn an opened volume into the int16 slices of a store."""
+"""From an opened volume to the int16 slices of a store: converted, judged, chosen, resampled."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from nnunetv2_meddinov3.curate.resample import resample_slices
-from nnunetv2_meddinov3.curate.stack import Scale, Stack, fraction
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
 from nnunetv2_meddinov3.store.records import SliceRecord
 
+INT16 = np.iinfo(np.int16)
+BODY_ABOVE_HU = -500  # fat is about -100, aerated lung about -850, air -1000
+BODY_ABOVE = 0.1  # of the way from low to high, for values that are not HU
+AIR_ONLY_BELOW = 0.005  # of the pixels: 1300 of 512 x 512, about what a bare table covers
+TOP_OF_12_BITS_HU = 3071  # 4095 - 1024: where a 12-bit scanner stops
+HASH_WINDOW_HU = (-500.0, 500.0)
+STORED_HIGH = 16384  # of int16 for the 99.5th percentile of MR: room for as much again above it
 PADDING_BELOW_HU = -1024  # no reconstruction gives less: it was filled in
 PADDING_FROM = 0.01  # of the pixels
-_POSITION_TOLERANCE_MM = 1e-3
+POSITION_TOLERANCE_MM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -24,13 +34,13 @@ class SliceRules:
     """Which slices of a volume enter, and in what geometry.
 
     Attributes:
-        pixel_spacing_mm: in-plane spacing to resample to; None keeps the native one.
-        size: pixels per side to resize to afterwards; None keeps what is.
-        min_gap_mm: smallest distance between slices of one volume that enter; 0 keeps all.
-        keep_flagged: let air-only and constant slices enter, flagged.
+        pixel_spacing_mm: In-plane spacing to resample to; None keeps the native one.
+        size: Pixels per side to resize to afterwards; None keeps the size.
+        min_gap_mm: Smallest distance between slices of one volume that enter; 0 keeps all.
+        keep_flagged: Let air-only and constant slices enter, flagged.
 
     Raises:
-        UserError: If a number is not one that can be used.
+        UserError: If a number cannot be used.
     """
 
     pixel_spacing_mm: float | None = None
@@ -38,7 +48,7 @@ class SliceRules:
     min_gap_mm: float = 0.0
     keep_flagged: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         spacing, size, gap = self.pixel_spacing_mm, self.size, self.min_gap_mm
         if spacing is not None and not 0.05 <= spacing <= 20:
             raise UserError(
@@ -51,13 +61,168 @@ class SliceRules:
             )
         if not (math.isfinite(gap) and gap >= 0):
             raise UserError(
-                f"The smallest gap must be a number of mm from 0 on, but is {gap}: 0 keeps all "
-                "slices."
+                f"The smallest gap must be at least 0 mm, but is {gap}: 0 keeps all slices."
             )
 
     def options(self) -> dict[str, Any]:
-        """What the store records, and by which it refuses to be continued differently."""
+        """Return what the store records; it cannot be continued with other options."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the numbers of a volume mean.
+
+    Attributes:
+        body_above: Values above it are body.
+        top: Values from here on are saturated; infinite where the end of the range is unknown.
+        window: Low and high of the window of the perceptual hash.
+        unit: Of the numbers, for the reader of a reason.
+    """
+
+    body_above: float
+    top: float
+    window: tuple[float, float]
+    unit: str
+
+
+@dataclass
+class Stack:
+    """All slices of a volume as int16, in its own geometry.
+
+    Attributes:
+        array: (S, H, W) int16; slices in ``broken`` are meaningless.
+        broken: Index of a slice that int16 cannot hold -> reason.
+        empty: Index of a slice that shows nothing -> reason.
+        scale: What the numbers mean.
+        intensity: Contract of numbers that are not HU, completed by ``stored_low`` and
+            ``stored_high``, the two percentiles in the numbers of the array; None for HU.
+        notes: Remarks for the record.
+    """
+
+    array: np.ndarray
+    broken: dict[int, str]
+    empty: dict[int, str]
+    scale: Scale
+    intensity: dict[str, float] | None
+    notes: tuple[str, ...]
+
+    def informative(self) -> list[int]:
+        """Return the indices of the slices by which a volume can be recognised."""
+        return [z for z in range(len(self.array)) if z not in self.broken | self.empty]
+
+
+def stack_slices(volume: Volume) -> Stack:
+    """Convert a volume to int16 and find the slices that cannot enter or show nothing.
+
+    HU are rounded to whole numbers and never clipped: a slice that holds NaN, infinity or a number
+    beyond int16 is broken. Numbers that are not HU stay as they are if they are whole and fit;
+    otherwise the volume is mapped linearly so that its 0.5th percentile becomes 0 and its 99.5th
+    16384, and clipped to int16.
+
+    Raises:
+        Unreadable: If a volume that must be mapped has no contrast between its percentiles.
+    """
+    array, broken, fractional = _rounded(volume.array)
+    intensity, notes = volume.intensity, volume.notes
+    if intensity is None:
+        if fractional:
+            notes = (*notes, "values rounded to whole numbers")
+    else:
+        low, high = intensity["low"], intensity["high"]
+        if fractional or any(reason.startswith("outside") for reason in broken.values()):
+            array, broken = _mapped(volume.array, low, high)
+            notes = (*notes, f"values from {low:g} to {high:g} mapped to 0 to {STORED_HIGH}")
+            stored_low, stored_high = 0.0, float(STORED_HIGH)
+        else:
+            stored_low, stored_high = float(low), float(high)
+        intensity = {**intensity, "stored_low": stored_low, "stored_high": stored_high}
+    scale = _scale(volume.windowed, intensity)
+    empty = {}
+    for z, image in enumerate(array):
+        if z not in broken and (reason := _emptiness(image, scale)):
+            empty[z] = reason
+    return Stack(array, broken, empty, scale, intensity, notes)
+
+
+def _rounded(values: np.ndarray) -> tuple[np.ndarray, dict[int, str], bool]:
+    """Return int16 slices, reasons of those int16 cannot hold, and whether any was rounded."""
+    if values.dtype == np.int16:
+        return np.ascontiguousarray(values), {}, False
+    array = np.zeros(values.shape, dtype=np.int16)
+    broken: dict[int, str] = {}
+    fractional = False
+    for z, image in enumerate(values):
+        if reason := _not_finite(image):
+            broken[z] = reason
+            continue
+        whole = np.rint(image) if image.dtype.kind == "f" else image
+        low, high = whole.min(), whole.max()
+        if low < INT16.min or high > INT16.max:
+            broken[z] = f"outside int16 (values from {low:g} to {high:g})"
+            continue
+        fractional = fractional or bool((whole != image).any())
+        array[z] = whole
+    return array, broken, fractional
+
+
+def _mapped(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, dict[int, str]]:
+    """Return slices with low..high mapped to 0..STORED_HIGH, and those that are not finite."""
+    if not high > low:
+        raise Unreadable(
+            f"shows no contrast: its 0.5th and 99.5th percentiles are {low:g} and {high:g}"
+        )
+    array = np.zeros(values.shape, dtype=np.int16)
+    broken = {}
+    for z, image in enumerate(values):
+        if reason := _not_finite(image):
+            broken[z] = reason
+            continue
+        scaled = (image.astype(np.float64) - low) * (STORED_HIGH / (high - low))
+        array[z] = np.clip(np.rint(scaled), INT16.min, INT16.max)
+    return array, broken
+
+
+def _not_finite(image: np.ndarray) -> str | None:
+    if image.dtype.kind != "f":
+        return None
+    number = image.size - int(np.count_nonzero(np.isfinite(image)))
+    return f"NaN or infinity ({number} pixel{'s' * (number > 1)})" if number else None
+
+
+def _scale(windowed: bool, intensity: dict[str, float] | None) -> Scale:
+    if windowed:
+        return Scale(BODY_ABOVE * 255, math.inf, (0.0, 255.0), "of 255")
+    if intensity is None:
+        return Scale(BODY_ABOVE_HU, TOP_OF_12_BITS_HU, HASH_WINDOW_HU, "HU")
+    low, high = intensity["stored_low"], intensity["stored_high"]
+    window = (low, max(high, low + 1))
+    return Scale(low + BODY_ABOVE * (high - low), INT16.max, window, "as stored")
+
+
+def _emptiness(image: np.ndarray, scale: Scale) -> str | None:
+    """Return why a slice shows nothing, None if it shows something."""
+    if image.min() == image.max():
+        return f"constant (every pixel is {image[0, 0]})"
+    body = fraction(image > scale.body_above)
+    if body < AIR_ONLY_BELOW:
+        return f"air only ({body:.2%} of the pixels above {scale.body_above:g} {scale.unit})"
+    return None
+
+
+def fraction(mask: np.ndarray) -> float:
+    """Return the share of True, from 0 to 1."""
+    return float(np.count_nonzero(mask) / mask.size)
+
+
+def without_details(reason: str) -> str:
+    """Return a reason without what differs from slice to slice, which is in parentheses."""
+    return reason.split(" (")[0]
+
+
+def count_reasons(left_out: Iterable[tuple[int, str]]) -> dict[str, int]:
+    """Return reason without details -> number of slices left out for it."""
+    return dict(Counter(without_details(reason) for _, reason in left_out))
 
 
 @dataclass
@@ -67,9 +232,8 @@ class CutVolume:
     Attributes:
         array: (S', H', W') int16, the slices kept.
         spacing: (z, y, x) of ``array`` in mm, None where unknown.
-        records: one for each slice of ``array``.
-        left_out: (index in the volume, reason) of every other slice; what stands in parentheses
-            differs from slice to slice.
+        records: One for each slice of ``array``.
+        left_out: (index in the volume, reason) of every other slice, see ``without_details``.
     """
 
     array: np.ndarray
@@ -81,16 +245,16 @@ class CutVolume:
 def cut_volume(
     volume: Volume, stack: Stack, rules: SliceRules, near_excluded: Collection[int] = ()
 ) -> CutVolume:
-    """Choose the slices of a volume, bring them into the geometry asked for and describe them.
+    """Choose the slices of a volume, resample them as asked and describe them.
 
     Args:
-        volume: the volume, for spacing and positions.
-        stack: its slices.
-        rules: which to keep.
-        near_excluded: indices of slices to be flagged as looking like an excluded one.
+        volume: The volume, for spacing and positions.
+        stack: Its slices.
+        rules: Which to keep.
+        near_excluded: Indices of slices to be flagged as looking like an excluded one.
 
     Raises:
-        Unreadable: If the rules need a pixel spacing and the volume has none.
+        Unreadable: If the rules need a pixel spacing and the volume has none, or no slice is left.
     """
     if rules.pixel_spacing_mm is not None and volume.spacing is None:
         raise Unreadable(
@@ -101,12 +265,16 @@ def cut_volume(
     if rules.min_gap_mm > 0 and volume.positions_mm is not None:
         kept, crowded = _thinned(kept, volume.positions_mm, rules.min_gap_mm)
         left_out |= crowded
+    if not kept:
+        counts = count_reasons(left_out.items()).items()
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts)
+        raise Unreadable(f"no slice is left ({reasons})")
     array, spacing = stack.array[kept], volume.spacing
-    if kept and (rules.pixel_spacing_mm is not None or rules.size is not None):
+    if rules.pixel_spacing_mm is not None or rules.size is not None:
         array, spacing = resample_slices(array, spacing, rules.pixel_spacing_mm, rules.size)
     records = []
     for index, z in enumerate(kept):
-        flags = [stack.empty[z].split(" (")[0].replace(" ", "_")] if z in stack.empty else []
+        flags = [without_details(stack.empty[z]).replace(" ", "_")] if z in stack.empty else []
         flags += ["near_excluded"] if z in near_excluded else []
         position = None if volume.positions_mm is None else float(volume.positions_mm[z])
         records.append(_describe(array[index], stack.scale, index, z, position, flags))
@@ -116,11 +284,13 @@ def cut_volume(
 def _thinned(
     kept: list[int], positions_mm: np.ndarray, gap_mm: float
 ) -> tuple[list[int], dict[int, str]]:
-    """From the lowest slice up, keep each that lies far enough from the one kept before."""
-    far, crowded, last = [], {}, -math.inf
+    """Keep, from the lowest slice up, each that is far enough from the one kept before."""
+    far: list[int] = []
+    crowded: dict[int, str] = {}
+    last = -math.inf
     for z in sorted(kept, key=lambda z: positions_mm[z]):
         distance = positions_mm[z] - last
-        if distance < gap_mm - _POSITION_TOLERANCE_MM:
+        if distance < gap_mm - POSITION_TOLERANCE_MM:
             crowded[z] = f"nearer than {gap_mm:g} mm to a slice kept ({distance:.2f} mm)"
         else:
             far.append(z)
@@ -157,3 +327,69 @@ def _describe(
         hu_mean=float(image.mean(dtype=np.float64)),
         flags=flags,
     )
+
+
+def resample_slices(
+    slices: np.ndarray,
+    spacing: tuple[float, float, float] | None,
+    pixel_spacing_mm: float | None,
+    size: int | None,
+) -> tuple[np.ndarray, tuple[float, float, float] | None]:
+    """Resample every slice linearly to a pixel spacing, then to ``size`` x ``size`` pixels.
+
+    This is the geometry of MedDINOv3, sec. 3.2.
+
+    Both steps keep the field of view, the outer edges of the outermost pixels. Where a step
+    shrinks, the linear kernel is widened by the same factor, so that no pixel is passed over.
+    Nothing is resampled along z. Values are rounded to whole numbers once, at the end.
+
+    Args:
+        slices: (S, H, W) int16.
+        spacing: (z, y, x) of the slices in mm; needed for ``pixel_spacing_mm``.
+        pixel_spacing_mm: Spacing of the first step; None leaves it out.
+        size: Pixels per side after the second step; None leaves it out.
+
+    Returns:
+        The slices (S, H', W') int16 and their spacing (z, y, x) in mm, None where unknown.
+    """
+    extent = slices.shape[1:]
+    steps = [tuple(extent)]
+    if pixel_spacing_mm is not None and spacing is not None:
+        steps.append(
+            tuple(
+                max(1, round(pixels * mm / pixel_spacing_mm))
+                for pixels, mm in zip(extent, spacing[1:], strict=True)
+            )
+        )
+    if size is not None:
+        steps.append((size, size))
+    rows, columns = (_chain(tuple(step[axis] for step in steps)) for axis in (0, 1))
+    result = np.empty((len(slices), len(rows), len(columns)), dtype=np.int16)
+    for image, out in zip(slices, result, strict=True):
+        np.rint(rows @ image.astype(np.float32) @ columns.T, out=out, casting="unsafe")
+    if spacing is None:
+        return result, None
+    y, x = (
+        mm * before / after
+        for mm, before, after in zip(spacing[1:], extent, result.shape[1:], strict=True)
+    )
+    return result, (spacing[0], y, x)
+
+
+@lru_cache(maxsize=64)
+def _chain(lengths: tuple[int, ...]) -> np.ndarray:
+    """Return the matrix (last, first) that resamples an axis through these numbers of pixels."""
+    matrix = np.eye(lengths[0])
+    for before, after in pairwise(lengths):
+        if before != after:
+            matrix = _linear(before, after) @ matrix
+    return matrix.astype(np.float32)
+
+
+def _linear(before: int, after: int) -> np.ndarray:
+    """Return the matrix (after, before) of one linear step; its rows sum to 1."""
+    scale = before / after
+    centres = (np.arange(after) + 0.5) * scale - 0.5
+    distance = np.abs(centres[:, None] - np.arange(before)) / max(scale, 1.0)
+    weights = np.clip(1 - distance, 0, None)
+    return weights / weights.sum(axis=1, keepdims=True)

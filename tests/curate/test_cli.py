@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from nnunetv2_meddinov3.curate.cli import main
-from nnunetv2_meddinov3.curate.progress import Progress
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.reader import SliceStore
 
 
@@ -41,13 +41,13 @@ def test_exit_code_2_if_none_entered(tmp_path):
 
 
 def test_exit_code_143_after_sigterm(tmp_path, source, monkeypatch):
-    update = Progress.update
+    advance = Progress.advance
 
-    def interrupt(self, outcome):
-        update(self, outcome)
+    def interrupt(self, facts="", units=1):
+        advance(self, facts, units)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Progress, "update", interrupt)
+    monkeypatch.setattr(Progress, "advance", interrupt)
     assert main([str(source), "--store", str(tmp_path / "s")]) == 128 + signal.SIGTERM
     assert len(SliceStore(tmp_path / "s")) == 8
 
@@ -123,6 +123,6 @@ def test_on_a_terminal_a_bar_shows_the_rate(tmp_path, source):
     from nnunetv2_meddinov3.curate.pipeline import curate
 
     terminal = Terminal()
-    curate([source], tmp_path / "s", progress=Progress(terminal))
+    curate([source], tmp_path / "s", progress=terminal)
     assert "2/2" in terminal.text
     assert "slices/s, 0 skipped" in terminal.text

@@ -41,7 +41,6 @@ def test_an_nnunet_dataset_gives_its_images_and_never_its_labels(tmp_path, endin
               f"Tr/b_0001{ending}", f"Ts/c_0000{ending}"]  # fmt: skip
     assert keys(found) == [f"Dataset007_X/images{name}" for name in images]
     assert [source.patient for source in found] == ["a", "a", "b", "b", "c"]
-    assert [source.channel for source in found] == [0, 1, 0, 1, 0]
     assert [source.channel_name for source in found] == ["CT", "T1", "CT", "T1", "CT"]
     assert {source.dataset for source in found} == {"Dataset007_X"}
     assert {source.kind for source in found} == {"png" if ending in (".png", ".tif") else "file"}
@@ -100,7 +99,8 @@ def test_wrongly_named_images_and_broken_dataset_files_are_reported(tmp_path):
     found, refused = find_sources([dataset, tmp_path / "D2"])
     assert dict(refused) == {
         "D1/imagesTr/c.nii.gz": "its name is not CASE_0000.nii.gz, as nnU-Net wants",
-        "D2/dataset.json": "it is no JSON that can be read",
+        "D2/dataset.json": "it is not as nnU-Net wants it (Expecting property name enclosed in "
+        "double quotes: line 1 column 2 (char 1))",
     }
     assert "D2/imagesTr/d.nii.gz" in keys(found)
     assert not any("labels" in key for key in keys(found))
@@ -127,7 +127,7 @@ def test_folders_are_walked_and_what_is_no_image_is_told_apart(tmp_path):
         "scans/empty.nii.gz": "the file is empty",
         "scans/lost.raw": "its ending .raw is not known",
         "scans/noending": "its ending (none) is not known",
-        "scans/slice.dcm": "it is no DICOM file",
+        "scans/slice.dcm": "it is not a DICOM file",
     }
 
 
@@ -144,7 +144,7 @@ def test_loops_broken_links_and_pipes_are_reported_and_doubles_entered_once(tmp_
     assert dict(refused) == {
         "in/a/back": "it is a link to a folder that it lies in itself",
         "in/nothing.nii": "it is a link to nothing",
-        "in/pipe.nii": "it is no regular file",
+        "in/pipe.nii": "it is not a regular file",
     }
 
 

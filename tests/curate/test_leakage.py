@@ -3,10 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.curate.benchmarks import check_benchmarks
-from nnunetv2_meddinov3.curate.leakage import Guard, build_guard
+from nnunetv2_meddinov3.curate.leakage import Guard, build_guard, check_benchmarks
 from nnunetv2_meddinov3.curate.pipeline import curate
-from nnunetv2_meddinov3.curate.stack import stack_slices
+from nnunetv2_meddinov3.curate.slices import stack_slices
 from nnunetv2_meddinov3.curate.volume import Volume, VolumeSource
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import slice_sha256
@@ -30,7 +29,7 @@ def test_a_renamed_copy_is_recognised_by_content_and_the_whole_volume_is_left_ou
     write_image(tmp_path / "mine" / "patient8.nrrd", other)
     summary = curate([tmp_path / "mine"], tmp_path / "store", exclude=[tmp_path / "tests"])
     assert summary.skipped == [
-        ("mine/patient7.nrrd", "excluded: shares slices with tests (6 slices)")
+        ("mine/patient7.nrrd", "excluded: shares 6 slices with tests")
     ]
     assert summary.exit_code == 3
     store = SliceStore(tmp_path / "store")
@@ -41,7 +40,7 @@ def test_one_shared_slice_leaves_out_the_volume(tmp_path, make_ct, write_image):
     volume = make_ct(6, seed=1)
     write_image(tmp_path / "tests" / "a.nii.gz", volume[3:4])
     guard = build_guard([tmp_path / "tests"])
-    assert guard.inspect(stack_of(volume))[0] == "excluded: shares slices with tests (1 slices)"
+    assert guard.inspect(stack_of(volume))[0] == "excluded: shares 1 slice with tests"
     assert guard.inspect(stack_of(make_ct(6, seed=2)))[0] is None
 
 
@@ -79,7 +78,7 @@ def test_of_an_nnunet_dataset_the_test_images_are_excluded(tmp_path, make_ct, wr
     write_image(dataset / "imagesTs" / "b_0000.nii.gz", test)
     only_tests = build_guard([dataset])
     assert only_tests.inspect(stack_of(train))[0] is None
-    assert "Dataset042_Mine/imagesTs (3 slices)" in only_tests.inspect(stack_of(test))[0]
+    assert "3 slices with Dataset042_Mine/imagesTs" in only_tests.inspect(stack_of(test))[0]
 
 
 def test_a_list_of_hashes_excludes(tmp_path, make_ct):
@@ -87,8 +86,8 @@ def test_a_list_of_hashes_excludes(tmp_path, make_ct):
     path = tmp_path / "tests.txt"
     path.write_text(f"# AMOS22 test\n\n{slice_sha256(volume[1]).upper()}  0123456789abcdef\n")
     guard = build_guard([path])
-    assert guard.inspect(stack_of(volume))[0] == "excluded: shares slices with tests.txt (1 slices)"
-    assert guard.looks.tolist() == [0x0123456789ABCDEF]
+    assert guard.inspect(stack_of(volume))[0] == "excluded: shares 1 slice with tests.txt"
+    assert guard.phashes.tolist() == [0x0123456789ABCDEF]
 
 
 def test_a_broken_list_of_hashes_is_refused_with_its_line(tmp_path):
@@ -104,7 +103,7 @@ def test_a_store_excludes_unless_it_was_resampled(tmp_path, make_ct, write_image
     curate([tmp_path / "amos"], tmp_path / "native", allow_benchmarks=True)
     for path in (tmp_path / "native", tmp_path / "native" / "manifest.json"):
         reason = build_guard([path]).inspect(stack_of(volume))[0]
-        assert reason == "excluded: shares slices with native (3 slices)"
+        assert reason == "excluded: shares 3 slices with native"
     curate([tmp_path / "amos"], tmp_path / "small", size=16, allow_benchmarks=True)
     with pytest.raises(
         UserError, match=r"must have the native geometry, but .*small was resampled"

@@ -9,8 +9,8 @@ import SimpleITK as sitk
 from PIL import Image
 
 from nnunetv2_meddinov3.curate.pipeline import Summary, curate, in_shard
-from nnunetv2_meddinov3.curate.progress import Progress
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.index import read_records, read_skips
 from nnunetv2_meddinov3.store.reader import SliceStore
 from nnunetv2_meddinov3.store.verify import verify
@@ -147,7 +147,7 @@ def test_hostile_inputs_are_skipped_with_name_and_reason_and_the_store_is_intact
 
 
 @pytest.mark.slow
-def test_a_skipped_source_that_was_mended_enters(tmp_path, source, make_ct, write_image):
+def test_a_skipped_source_that_was_fixed_enters(tmp_path, source, make_ct, write_image):
     (source / "v9.nii.gz").write_bytes(b"broken")
     assert curate([source], tmp_path / "store").exit_code == 3
     write_image(source / "v9.nii.gz", make_ct(4, 24, seed=9))
@@ -156,19 +156,19 @@ def test_a_skipped_source_that_was_mended_enters(tmp_path, source, make_ct, writ
     assert read_skips(tmp_path / "store") == []
 
 
-class Interrupting(Progress):
-    """Sends this process a signal after the second volume."""
+@pytest.mark.slow
+def test_a_signal_stops_between_volumes_and_the_next_run_continues(tmp_path, source, monkeypatch):
+    advance = Progress.advance
 
-    def update(self, outcome):
-        super().update(outcome)
-        if self._done == 2:
+    def interrupt(self, facts="", units=1):
+        advance(self, facts, units)
+        if self.done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-
-@pytest.mark.slow
-def test_a_signal_stops_between_volumes_and_the_next_run_continues(tmp_path, source):
     handler = signal.getsignal(signal.SIGTERM)
-    summary = curate([source], tmp_path / "store", progress=Interrupting())
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "advance", interrupt)
+        summary = curate([source], tmp_path / "store")
     assert (summary.entered, summary.exit_code) == (2, 128 + signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert len(SliceStore(tmp_path / "store")) == 8

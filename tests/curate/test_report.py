@@ -5,7 +5,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from nnunetv2_meddinov3.curate.figures import histogram_figure, montage_figure
+from nnunetv2_meddinov3.curate.report import histogram_figure, montage_figure
 from nnunetv2_meddinov3.curate.pipeline import curate
 
 
@@ -18,7 +18,7 @@ def test_the_report_says_what_is_in_the_store_and_what_is_not(tmp_path, make_ct,
     curate([tmp_path / "North", tmp_path / "South"], tmp_path / "store")
     page = (tmp_path / "store" / "report.html").read_text(encoding="utf-8")
     assert "11 slices of 2 volumes" in page
-    assert "1 sources did not enter" in page
+    assert "sources that did not enter: 1" in page
     row = "<td>{}</td>" * 7
     assert row.format("North", "CT", 1, 1, 11, 0, 1) in page
     assert row.format("South", "-", 1, 1, 0, 4, 0) in page

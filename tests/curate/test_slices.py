@@ -3,9 +3,12 @@ import hashlib
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.curate.resample import resample_slices
-from nnunetv2_meddinov3.curate.slices import SliceRules, cut_volume
-from nnunetv2_meddinov3.curate.stack import stack_slices
+from nnunetv2_meddinov3.curate.slices import (
+    SliceRules,
+    cut_volume,
+    resample_slices,
+    stack_slices,
+)
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import (
@@ -66,8 +69,8 @@ def test_fractions_of_hu_are_rounded_and_noted():
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (np.nan, "NaN or infinity (1 pixels)"),
-        (np.inf, "NaN or infinity (1 pixels)"),
+        (np.nan, "NaN or infinity (1 pixel)"),
+        (np.inf, "NaN or infinity (1 pixel)"),
         (40000, "outside int16 (values from -999 to 40000)"),
         (-40000, "outside int16 (values from -40000 to 51)"),
     ],
@@ -218,7 +221,7 @@ def test_resampling_keeps_a_constant_at_the_end_of_int16():
         ({"pixel_spacing_mm": 0.0}, "pixel spacing must be from 0.05 to 20 mm, but is 0.0"),
         ({"pixel_spacing_mm": float("nan")}, "pixel spacing must be"),
         ({"size": 4}, "size must be from 16 to 4096 pixels, but is 4"),
-        ({"min_gap_mm": -1.0}, "smallest gap must be a number of mm from 0 on, but is -1.0"),
+        ({"min_gap_mm": -1.0}, "smallest gap must be at least 0 mm, but is -1.0"),
     ],
 )
 def test_rules_refuse_impossible_numbers(rules, sentence):

@@ -1,53 +1,213 @@
-"""DICOM series: their slices in the order of their positions, as one array.
+"""DICOM: headers read with pydicom, and series as one array in the order of their positions.
 
-SimpleITK (GDCM) reads headers and pixels; rescale is applied by it, slice by slice.
+SimpleITK (GDCM) decodes the pixels and applies the rescale, slice by slice. No file reaches either
+library before ``dicom_guard`` has seen that its elements fit into it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import SimpleITK as sitk
 
-from nnunetv2_meddinov3.curate.limits import check_memory
-from nnunetv2_meddinov3.curate.orient import Grid, compact
-from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, check_kind, read_header
-from nnunetv2_meddinov3.curate.volume import Unreadable
+from nnunetv2_meddinov3.curate.orient import compact
+from nnunetv2_meddinov3.curate.readers.dicom_guard import Misfit, check_lengths, has_mark
+from nnunetv2_meddinov3.curate.volume import (
+    Grid,
+    Image,
+    Unreadable,
+    check_memory,
+    check_rescale,
+    plain_text,
+)
 
+MODALITIES = ("CT", "MR")
+MAX_RATIO = 2000  # of a slice to its file; the codecs of DICOM hardly reach a tenth of it
 SAME_PLACE_MM = 0.01  # slices nearer than this are copies of one
 GAP = 1.5  # times the usual distance, from which a slice is missing
+NO_IMAGE = {  # SOP classes, by their prefixes, that hold no pixels of their own
+    "1.2.840.10008.1.3.10": "a DICOMDIR",
+    "1.2.840.10008.5.1.4.1.1.481.3": "an RT structure set",
+    "1.2.840.10008.5.1.4.1.1.481.5": "an RT plan",
+    "1.2.840.10008.5.1.4.1.1.66": "a segmentation or registration",
+    "1.2.840.10008.5.1.4.1.1.88": "a structured report",
+    "1.2.840.10008.5.1.4.1.1.11": "a presentation state",
+    "1.2.840.10008.5.1.4.1.1.104": "an encapsulated document",
+}
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+TEXTS = (
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "ImageType",
+    "InstanceNumber",
+    "LossyImageCompression",
+    "Modality",
+    "NumberOfFrames",
+    "PatientID",
+    "PixelSpacing",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "SOPClassUID",
+    "SeriesInstanceUID",
+    "SliceThickness",
+    "StudyInstanceUID",
+)
+NUMBERS = ("BitsAllocated", "Columns", "Rows", "SamplesPerPixel")
 
 
-@dataclass
-class Series:
-    """A DICOM series as one array.
+@dataclass(frozen=True)
+class SliceHeader:
+    """What is needed of the header of one DICOM image.
 
     Attributes:
-        array: (z, y, x) along the slices' normal, rescale applied.
-        grid: its geometry; the spacing along z is the usual one.
-        positions_mm: (S,) of each slice along the normal, ascending.
-        has_gaps: whether slices are missing in between.
-        modality: ``"CT"`` or ``"MR"``.
-        notes: remarks for the record.
+        path: The file.
+        texts: Keyword of an element (``TEXTS``) -> its text without padding, several values
+            separated by a backslash; empty where it is missing.
+        columns: Pixels along a row.
+        rows: Pixels along a column.
+        samples: Values per pixel, 1 for grey.
     """
 
-    array: np.ndarray
-    grid: Grid
-    positions_mm: np.ndarray
-    has_gaps: bool
-    modality: str
-    notes: list[str]
+    path: Path
+    texts: dict[str, str]
+    columns: int
+    rows: int
+    samples: int
+
+    def numbers(self, keyword: str, count: int) -> np.ndarray | None:
+        """Return the numbers of an element, None if it does not have that many."""
+        try:
+            values = np.array([float(text) for text in self.texts[keyword].split("\\")])
+        except ValueError:
+            return None
+        return values if len(values) == count and np.isfinite(values).all() else None
+
+    @property
+    def series(self) -> str:
+        """SeriesInstanceUID."""
+        return self.texts["SeriesInstanceUID"]
+
+    @property
+    def patient(self) -> str:
+        """A hash of PatientID (of the study where there is none), never the id itself."""
+        identity = self.texts["PatientID"] or self.texts["StudyInstanceUID"] or self.series
+        return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16]
+
+    @property
+    def layout(self) -> tuple[tuple[float, ...], ...]:
+        """What the slices of one volume share: size, orientation and spacing of the pixels."""
+        axes, pixels = self.numbers("ImageOrientationPatient", 6), self.numbers("PixelSpacing", 2)
+        rounded = [tuple(np.round(v, 3) + 0.0) for v in (axes, pixels) if v is not None]
+        return ((self.columns, self.rows), *rounded)
 
 
-def read_series(paths: list[Path]) -> Series:
-    """Read the files of one series, in any order.
+def read_header(path: Path) -> SliceHeader:
+    """Read the header of a DICOM image.
 
     Raises:
-        Unreadable: If they are no volume of CT or MR, with the reason.
+        Unreadable: If it holds no image, is not DICOM, or is damaged.
+        OSError: If it cannot be opened.
+    """
+    if not has_mark(path):
+        raise Unreadable("it is not a DICOM file")
+    try:
+        has_pixels = check_lengths(path)
+    except Misfit as error:
+        raise Unreadable(f"it is a damaged DICOM file: {error}") from error
+    dataset = _parse(path)
+    uid = _text(dataset.file_meta, "MediaStorageSOPClassUID")
+    for prefix, name in NO_IMAGE.items():
+        if f"{uid}.".startswith(f"{prefix}."):
+            raise Unreadable(f"it is {name}, not an image")
+    if not has_pixels:
+        raise Unreadable("it is a DICOM file without pixels")
+    texts = {keyword: _text(dataset, keyword) for keyword in TEXTS}
+    columns, rows = _number(dataset, "Columns"), _number(dataset, "Rows")
+    return SliceHeader(path, texts, columns, rows, _number(dataset, "SamplesPerPixel", 1))
+
+
+def _parse(path: Path) -> pydicom.FileDataset:
+    """Read the elements that are needed, without converting any; no warning reaches the user."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd values, which are judged here
+            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TEXTS, *NUMBERS])
+    except OSError:
+        raise
+    except Exception as error:  # whatever malformed bytes lead a parser to
+        raise Unreadable("it is a damaged DICOM file, or one that pydicom cannot read") from error
+
+
+def _text(dataset: pydicom.Dataset, keyword: str) -> str:
+    """Return the text of an element as it is in the file, empty if it is missing.
+
+    The bytes are not decoded by the character set of the file: the hash of a patient must not
+    depend on how an exporter declares it.
+    """
+    element = dataset.get_item(pydicom.tag.Tag(keyword))
+    value = getattr(element, "value", None)
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else ""
+    return plain_text(text).strip(" \0")
+
+
+def _number(dataset: pydicom.Dataset, keyword: str, default: int | None = None) -> int:
+    """Return the number of an element (US).
+
+    Raises:
+        Unreadable: If it has none and there is no default.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(dataset.get(keyword, default))
+    except Exception as error:  # as above
+        raise Unreadable(f"it is a damaged DICOM file: its {keyword} is not a number") from error
+
+
+def check_kind(header: SliceHeader) -> None:
+    """Refuse what is not a single grey CT or MR image, or whose values mean nothing.
+
+    Raises:
+        Unreadable: With the reason.
+    """
+    texts = header.texts
+    if texts["Modality"] not in MODALITIES:
+        raise Unreadable(f"its modality is {texts['Modality'] or 'not stated'}, not CT or MR")
+    if texts["SOPClassUID"] == SECONDARY_CAPTURE:
+        raise Unreadable("it is a secondary capture (a screenshot), not an acquired image")
+    if header.samples != 1:
+        raise Unreadable(f"it has colour ({header.samples} samples per pixel)")
+    if texts["NumberOfFrames"] not in ("", "0", "1"):
+        raise Unreadable("it is multi-frame, which is not read; export it as single frames")
+    check_rescale(_float(texts["RescaleSlope"], 1.0), _float(texts["RescaleIntercept"], 0.0))
+    columns, rows = header.columns, header.rows
+    if 2 * columns * rows > MAX_RATIO * header.path.stat().st_size:
+        raise Unreadable(f"it declares {columns}x{rows} pixels, more than the file can hold")
+
+
+def _float(text: str, default: float) -> float:
+    try:
+        return float(text or default)
+    except ValueError:
+        return float("nan")
+
+
+def read_series(paths: list[Path]) -> Image:
+    """Read the files of one series, in any order.
+
+    Returns:
+        The slices (z, y, x) along their normal, rescale applied; the spacing along z is the usual
+        distance of slices.
+
+    Raises:
+        Unreadable: If they are not a volume of CT or MR, with the reason.
         RuntimeError: From SimpleITK if the pixels are damaged.
     """
     notes: list[str] = []
@@ -63,25 +223,30 @@ def read_series(paths: list[Path]) -> Series:
         notes.append(f"{missing} slices missing between others, positions kept")
     _note_acquisition(headers, notes)
 
-    columns, rows = headers[0].size[:2]
-    shape = (len(headers), rows, columns)
+    shape = (len(headers), headers[0].rows, headers[0].columns)
     check_memory(np.prod(shape, dtype=float) * 8)  # float32, and the same again as axial slices
-    array = compact(_pixels(headers), shape)
-    grid = _grid(headers, positions, usual)
-    modality = headers[0].tags["0008|0060"]
-    return Series(array, grid, positions, missing > 0, modality, notes)
+    return Image(
+        array=compact(_pixels(headers), shape),
+        grid=_grid(headers, positions, usual),
+        modality=headers[0].texts["Modality"],
+        positions_mm=positions,
+        has_gaps=missing > 0,
+        notes=notes,
+    )
 
 
 def _without_localizers(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
-    kept = [h for h in headers if "LOCALIZER" not in h.tags.get("0008|0008", "").upper()]
+    kept = [h for h in headers if "LOCALIZER" not in h.texts["ImageType"].upper()]
     if not kept:
         raise Unreadable("it is a localizer (scout), not a volume")
     if len(kept) < len(headers):
         notes.append(f"{len(headers) - len(kept)} localizers left out")
     placed = [
-        h for h in kept
-        if h.numbers("0020|0032", 3) is not None and h.numbers("0020|0037", 6) is not None
-    ]  # fmt: skip
+        header
+        for header in kept
+        if header.numbers("ImagePositionPatient", 3) is not None
+        and header.numbers("ImageOrientationPatient", 6) is not None
+    ]
     if not placed:
         raise Unreadable("its images state no position or orientation")
     if len(placed) < len(kept):
@@ -90,8 +255,8 @@ def _without_localizers(headers: list[SliceHeader], notes: list[str]) -> list[Sl
 
 
 def _one_layout(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
-    """The largest group of images of one size, orientation and spacing."""
-    if any(header.numbers("0028|0030", 2) is None for header in headers):
+    """Return the largest group of images of one size, orientation and spacing."""
+    if any(header.numbers("PixelSpacing", 2) is None for header in headers):
         raise Unreadable("its images state no pixel spacing")
     counts = Counter(header.layout for header in headers)
     layout = max(sorted(counts), key=counts.__getitem__)
@@ -105,13 +270,13 @@ def _one_layout(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeade
 
 
 def _in_order(headers: list[SliceHeader], notes: list[str]) -> tuple[list[SliceHeader], np.ndarray]:
-    """Slices by their positions (mm, ascending) along the normal, one for each position."""
+    """Return slices by their positions (mm, ascending) along the normal, one at each position."""
     normal = _normal(headers[0])
     placed = sorted(
-        (float(normal @ header.numbers("0020|0032", 3)), _instance(header), header.path.name, i)
+        (float(normal @ _position(header)), _instance(header), header.path.name, i)
         for i, header in enumerate(headers)
     )
-    chosen: list[tuple] = []
+    chosen: list[tuple[float, float, str, int]] = []
     for entry in placed:
         if chosen and entry[0] - chosen[-1][0] < SAME_PLACE_MM:
             chosen[-1] = min(chosen[-1], entry, key=lambda e: e[1:])
@@ -125,13 +290,27 @@ def _in_order(headers: list[SliceHeader], notes: list[str]) -> tuple[list[SliceH
     return [headers[entry[3]] for entry in chosen], np.array([entry[0] for entry in chosen])
 
 
+def _position(header: SliceHeader) -> np.ndarray:
+    """Centre of the first pixel (x, y, z) in mm, of a header that states it."""
+    position = header.numbers("ImagePositionPatient", 3)
+    assert position is not None
+    return position
+
+
+def _axes(header: SliceHeader) -> np.ndarray:
+    """Directions of a row and of a column, six cosines, of a header that states them."""
+    axes = header.numbers("ImageOrientationPatient", 6)
+    assert axes is not None
+    return axes
+
+
 def _instance(header: SliceHeader) -> float:
-    number = header.numbers("0020|0013", 1)
+    number = header.numbers("InstanceNumber", 1)
     return float("inf") if number is None else float(number[0])
 
 
 def _normal(header: SliceHeader) -> np.ndarray:
-    axes = header.numbers("0020|0037", 6)
+    axes = _axes(header)
     normal = np.cross(axes[:3], axes[3:])
     length = float(np.linalg.norm(normal))
     if not 0.9 < length < 1.1:
@@ -140,7 +319,7 @@ def _normal(header: SliceHeader) -> np.ndarray:
 
 
 def _single_thickness(header: SliceHeader, notes: list[str]) -> float:
-    thickness = header.numbers("0018|0050", 1)
+    thickness = header.numbers("SliceThickness", 1)
     if thickness is not None and thickness[0] > 0:
         return float(thickness[0])
     notes.append("a single slice of unknown thickness, set to 1 mm")
@@ -148,18 +327,19 @@ def _single_thickness(header: SliceHeader, notes: list[str]) -> float:
 
 
 def _note_acquisition(headers: list[SliceHeader], notes: list[str]) -> None:
-    thickness = headers[0].numbers("0018|0050", 1)
+    thickness = headers[0].numbers("SliceThickness", 1)
     if thickness is not None:
         notes.append(f"slice thickness {thickness[0]:g} mm")
-    if any(header.tags.get("0028|2110") == "01" for header in headers):
+    if any(header.texts["LossyImageCompression"] == "01" for header in headers):
         notes.append("compressed with loss before")
 
 
 def _grid(headers: list[SliceHeader], positions: np.ndarray, usual: float) -> Grid:
-    """Geometry of the sorted slices; their way from first to last shows a gantry tilt."""
-    axes = headers[0].numbers("0020|0037", 6)
-    row_mm, column_mm = headers[0].numbers("0028|0030", 2)  # between rows comes first
-    first, last = (headers[i].numbers("0020|0032", 3) for i in (0, -1))
+    """Geometry of the sorted slices; the way from first to last shows a gantry tilt."""
+    axes, spacing = _axes(headers[0]), headers[0].numbers("PixelSpacing", 2)
+    assert spacing is not None
+    row_mm, column_mm = map(float, spacing)  # between rows comes first
+    first, last = _position(headers[0]), _position(headers[-1])
     through = _normal(headers[0])
     length = usual
     if len(headers) > 1:
@@ -167,7 +347,7 @@ def _grid(headers: list[SliceHeader], positions: np.ndarray, usual: float) -> Gr
         length = usual * float(np.linalg.norm(along))
         through = along / np.linalg.norm(along)
     direction = np.stack([axes[:3], axes[3:], through], axis=1)
-    return Grid(direction, (float(column_mm), float(row_mm), length), first)
+    return Grid(direction, (column_mm, row_mm, length), first)
 
 
 def _pixels(headers: list[SliceHeader]) -> Iterator[np.ndarray]:

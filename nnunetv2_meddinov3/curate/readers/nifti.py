@@ -1,28 +1,26 @@
 """NIfTI files: geometry as SimpleITK sees it, voxels decoded here.
 
-SimpleITK fills up what a truncated or damaged NIfTI file lacks without a word, and refuses axes
-that are not perpendicular. So the voxels come from the checked stream, and such axes from nibabel.
+SimpleITK silently fills up what a truncated or damaged NIfTI file lacks, and refuses axes that are
+not perpendicular. So the voxels come from the checked stream, and such axes from nibabel.
 """
 
 from __future__ import annotations
 
 import gzip
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel
 import numpy as np
 
-from nnunetv2_meddinov3.curate.limits import check_rescale, check_size
-from nnunetv2_meddinov3.curate.orient import Grid, compact
-from nnunetv2_meddinov3.curate.readers.imagefile import (
+from nnunetv2_meddinov3.curate.orient import compact
+from nnunetv2_meddinov3.curate.readers.images import (
     FLAT_NOTE,
-    ImageFile,
     grid_of,
     open_header,
     single_volume,
 )
-from nnunetv2_meddinov3.curate.volume import Unreadable
+from nnunetv2_meddinov3.curate.volume import Grid, Image, Unreadable, check_rescale, check_size
 
 HEADER_BYTES = 540  # of NIfTI-2, the longer of the two headers
 GZIP_MAGIC = b"\x1f\x8b"
@@ -30,7 +28,7 @@ TO_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 SHARED_DTYPES = "iuf"  # kinds of numbers that are one value a voxel
 
 
-def read_nifti(path: Path) -> ImageFile:
+def read_nifti(path: Path) -> Image:
     """Read a .nii or .nii.gz.
 
     Raises:
@@ -57,7 +55,7 @@ def read_nifti(path: Path) -> ImageFile:
     scaled = _rescale(array, header)
     eight_bit = scaled is array and dtype == np.uint8
     grid = _grid(path, header, notes)
-    return ImageFile(scaled, grid, eight_bit, notes=notes)
+    return Image(scaled, grid, eight_bit=eight_bit, notes=notes)
 
 
 def _parse_header(start: bytes) -> nibabel.Nifti1Header:
@@ -66,7 +64,7 @@ def _parse_header(start: bytes) -> nibabel.Nifti1Header:
             header = kind(start[: kind.template_dtype.itemsize], check=False)
             if bytes(header["magic"]).startswith(b"n+") and 2 <= header["dim"][0] <= 7:
                 return header
-    raise Unreadable("it is no NIfTI file")
+    raise Unreadable("it is not a NIfTI file")
 
 
 def _dtype(header: nibabel.Nifti1Header) -> np.dtype:
@@ -77,18 +75,20 @@ def _dtype(header: nibabel.Nifti1Header) -> np.dtype:
         raise Unreadable(f"its header states an unknown type of voxels ({code})") from error
 
 
-def _read_voxels(stream: BinaryIO, start: bytes, offset: int, n_bytes: int) -> np.ndarray:
-    """The bytes of the voxels; reading on to the end lets gzip check its checksum."""
+def _read_voxels(
+    stream: gzip.GzipFile | BufferedReader, start: bytes, offset: int, n_bytes: int
+) -> np.ndarray:
+    """Return the bytes of the voxels; reading to the end lets gzip check its checksum."""
     rest = stream.read(max(0, offset - len(start)))
     head = (start + rest)[offset:]
     voxels = np.empty(n_bytes, dtype=np.uint8)
     filled = min(len(head), n_bytes)
     voxels[:filled] = np.frombuffer(head[:filled], dtype=np.uint8)
-    view = memoryview(voxels)
+    view = voxels.data
     while filled < n_bytes:
         got = stream.readinto(view[filled:])
         if not got:
-            raise Unreadable(f"it is truncated: {filled} of {n_bytes} bytes of voxels are there")
+            raise Unreadable(f"it is truncated: it has {filled} of {n_bytes} bytes of voxels")
         filled += got
     stream.read(1)
     return voxels
@@ -118,4 +118,5 @@ def _grid(path: Path, header: nibabel.Nifti1Header, notes: list[str]) -> Grid:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     notes.append("axes that SimpleITK refuses, taken from nibabel")
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Grid(affine[:3, :3] / spacing, tuple(map(float, spacing)), affine[:3, 3])
+        x, y, z = map(float, spacing)
+        return Grid(affine[:3, :3] / spacing, (x, y, z), affine[:3, 3])

@@ -1,7 +1,7 @@
-"""The elements of a DICOM file, walked through to see that their lengths fit into the file.
+"""A guard before DICOM parsers: walks through a file's elements to see that they fit into it.
 
 GDCM allocates whatever length a damaged element states, gigabytes at times, and does not always
-give them back. So no file reaches it whose elements do not fit.
+give them back. So only a file whose elements fit reaches it, or pydicom.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MARK = b"DICM"
 START = 132  # behind the preamble and the mark
 IMPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 DEFLATED = "1.2.840.10008.1.2.1.99"
-CLASS_UID, TRANSFER_SYNTAX = (0x0002, 0x0002), (0x0002, 0x0010)
+TRANSFER_SYNTAX = (0x0002, 0x0010)
 PIXEL_DATA, ITEM, END_OF_ITEMS = (0x7FE0, 0x0010), (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 DELIMITERS = 0xFFFE  # group of items and of the ends of items and sequences
 UNDEFINED = 0xFFFFFFFF
@@ -27,44 +27,41 @@ class Misfit(ValueError):
 
 
 def has_mark(path: Path) -> bool:
-    """Whether a file has DICOM's mark behind its preamble."""
+    """Return whether a file has DICOM's mark behind its preamble."""
     with path.open("rb") as file:
         return file.read(START)[-len(MARK) :] == MARK
 
 
-def pixels_and_class(path: Path) -> tuple[bool, str]:
-    """Walk through a file with DICOM's mark.
-
-    Returns:
-        Whether it has pixels, and the UID of its class of object.
+def check_lengths(path: Path) -> bool:
+    """Walk through a file with DICOM's mark and return whether it has pixels.
 
     Raises:
-        Misfit: If an element reaches beyond the file, or is none.
+        Misfit: If an element reaches beyond the file, or is not an element.
     """
     size = path.stat().st_size
-    uids = {CLASS_UID: "", TRANSFER_SYNTAX: IMPLICIT}
+    syntax = IMPLICIT
     with path.open("rb") as file:
         at, order, explicit = START, "<", True
         while at < size:
             file.seek(at)
             group = int.from_bytes(file.read(2), "little" if order == "<" else "big")
             if explicit and at > START and order == "<" and group != 2:
-                order, explicit = _encoding(uids[TRANSFER_SYNTAX])
+                order, explicit = _encoding(syntax)
             tag, kind, length, begin = _element(file, at, order, explicit or group == 2)
             if length != UNDEFINED and begin + length > size:
                 raise Misfit("an element reaches beyond the end of the file")
             if tag == PIXEL_DATA:
                 if length == UNDEFINED:
                     _walk_fragments(file, begin, size, order)
-                return True, uids[CLASS_UID]
-            if tag in uids:
+                return True
+            if tag == TRANSFER_SYNTAX:
                 file.seek(begin)
-                uids[tag] = file.read(length).decode("ascii", "replace").strip(" \0")
+                syntax = file.read(length).decode("ascii", "replace").strip(" \0")
             if kind == b"UN" and length == UNDEFINED:
-                return True, uids[CLASS_UID]  # a private sequence, which GDCM has to know
+                return True  # a private sequence, which the parsers have to know
             nested = tag[0] == DELIMITERS or kind == b"SQ" or length == UNDEFINED
             at = begin if nested else begin + length
-    return False, uids[CLASS_UID]
+    return False
 
 
 def _encoding(syntax: str) -> tuple[str, bool]:
@@ -76,7 +73,7 @@ def _encoding(syntax: str) -> tuple[str, bool]:
 def _element(
     file: BinaryIO, at: int, order: str, explicit: bool
 ) -> tuple[tuple[int, int], bytes, int, int]:
-    """Tag, type (empty where not stated), length, and where the value begins."""
+    """Return tag, type (empty where not stated), length, and where the value begins."""
     file.seek(at)
     head = file.read(12)
     if len(head) < 8:

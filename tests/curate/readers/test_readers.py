@@ -11,12 +11,14 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunetv2_meddinov3.curate import limits
+from nnunetv2_meddinov3.curate import volume as volume_module
 from nnunetv2_meddinov3.curate.discover import find_sources
-from nnunetv2_meddinov3.curate.reading import read_volume
+from nnunetv2_meddinov3.curate.modalities import identify
+from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.readers import read as read_source
 from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource
 
-SHARED = Path(__file__).parents[3] / "shared/data"
+SHARED = Path(__file__).parents[4] / "shared/data"
 TOTALSEG = SHARED / "totalsegmentator_example"
 PAIRS = ("RL", "AP", "IS")
 ORIENTATIONS = [
@@ -28,8 +30,11 @@ FORMATS = [".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd"]
 
 
 def source_of(path, kind="file", channel_name=None):
-    channel = None if channel_name is None else 0
-    return VolumeSource(path.name, kind, (str(path),), "d", path.stem, channel, channel_name)
+    return VolumeSource(path.name, kind, (str(path),), "d", path.stem, channel_name)
+
+
+def read_volume(source):
+    return identify(reorient(read_source(source)), source)
 
 
 def read(path, kind="file", channel_name=None):
@@ -314,8 +319,8 @@ HOSTILE = [
     ("vectors.nrrd", vectors, "it has 2 values per voxel, not one"),
     ("complex.nii", complex_numbers, "it has colours or complex numbers"),
     ("gone.mhd", without_voxels, "it cannot be read (RuntimeError"),
-    ("text.nii.gz", text, "it is no NIfTI file"),
-    ("text.nii", text, "it is no NIfTI file"),
+    ("text.nii.gz", text, "it is not a NIfTI file"),
+    ("text.nii", text, "it is not a NIfTI file"),
     ("text.nrrd", text, "it cannot be read (RuntimeError"),
     ("text.mha", text, "it cannot be read (RuntimeError"),
     ("text.png", text, "it cannot be read (UnidentifiedImageError"),
@@ -335,9 +340,9 @@ def test_a_file_that_vanished_is_refused(tmp_path):
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_path, ct, monkeypatch):
     path = write(ct, tmp_path / "v.nii")
-    monkeypatch.setattr(limits, "free_memory", lambda: 1000)
+    monkeypatch.setattr(volume_module, "free_memory", lambda: 1000)
     assert "of memory" in reason(path)
-    monkeypatch.setattr(limits, "free_memory", lambda: None)
+    monkeypatch.setattr(volume_module, "free_memory", lambda: None)
     assert read(path).array.shape == (6, 20, 26)
 
 

@@ -8,11 +8,12 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_meddinov3.curate.discover import find_sources
-from nnunetv2_meddinov3.curate.readers import dicom_header
-from nnunetv2_meddinov3.curate.reading import read_volume
+from nnunetv2_meddinov3.curate.modalities import identify
+from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.readers import dicom, read
 from nnunetv2_meddinov3.curate.volume import Unreadable
 
-LIDC = Path(__file__).parents[3] / "shared/data/lidc_idri_0314/lidc_idri_0314_ct.nii.gz"
+LIDC = Path(__file__).parents[4] / "shared/data/lidc_idri_0314/lidc_idri_0314_ct.nii.gz"
 
 
 @pytest.fixture
@@ -31,6 +32,10 @@ def write_series(tmp_path, ct, write_dicom):
         return tmp_path / folder
 
     return write
+
+
+def read_volume(source):
+    return identify(reorient(read(source)), source)
 
 
 def read_only(folder):
@@ -245,12 +250,13 @@ def test_a_truncated_slice_refuses_the_file_not_the_others(ct, write_series):
     ("tag", "offset"),
     [(b"\x20\x00\x32\x00", 4), (b"\x10\x00\x20\x00", 7), (b"\xe0\x7f\x10\x00", 7)],
 )
-def test_a_length_beyond_the_file_never_reaches_gdcm(ct, write_series, monkeypatch, tag, offset):
+def test_a_length_beyond_the_file_never_reaches_pydicom_or_gdcm(ct, write_series, monkeypatch, tag, offset):
     path = sorted(write_series(indices=[0]).iterdir())[0]
     data = bytearray(path.read_bytes())
     data[data.index(tag) + offset] = 0x77
     path.write_bytes(data)
-    monkeypatch.setattr(dicom_header, "open_header", None)
+    monkeypatch.setattr(dicom.pydicom, "dcmread", None)
+    monkeypatch.setattr(dicom, "sitk", None)
     found, refused = find_sources([path])
     assert found == []
     assert "damaged DICOM file" in refused[0][1]
