@@ -12,7 +12,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from nnunetv2_meddinov3.curate.readers.dicom import read_header
+from nnunetv2_meddinov3.curate.readers.dicom import check_decodable, read_header
 from nnunetv2_meddinov3.curate.readers.dicom_guard import has_mark
 from nnunetv2_meddinov3.curate.readers.images import DETACHED, ENDINGS, PICTURES, ending_of
 from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, plain_text
@@ -196,6 +196,7 @@ class _Finder:
                     self.refused[key] = f"its ending {path.suffix or '(none)'} is not known"
                 return
             header = read_header(path)
+            check_decodable(path)
         except OSError as error:
             self.refused[key] = f"it cannot be read ({error.strerror})"
         except Unreadable as error:

@@ -11,11 +11,16 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
 
 from nnunetv2_meddinov3.curate.ingest import Job, Outcome, ingest, skipped
 from nnunetv2_meddinov3.curate.volume import VolumeSource
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.signals import Stop, leave_stopping_to_the_parent
+
+if TYPE_CHECKING:
+    from distributed import Client
+    from distributed import Future as DaskFuture
 
 # One thread each: the processes share the cores, and thread pools would fight over them.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -117,14 +122,14 @@ def run_on_dask(
 ) -> Iterator[Outcome]:
     """Ingest sources on a Dask cluster whose workers see the same folders.
 
-    The sources of a worker that dies are ingested on another; one on which several workers die is
-    skipped.
+    The sources of a worker that dies are ingested on another. A source that takes worker after
+    worker with it is skipped.
 
     Raises:
         UserError: If Dask is not installed, no scheduler answers, or the store cannot be written.
     """
     try:
-        from distributed import Client, as_completed
+        from distributed import Client
     except ImportError as error:
         raise UserError(
             "--dask-scheduler needs the package distributed, which is not installed: install "
@@ -142,20 +147,36 @@ def run_on_dask(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a large guard, which is sent only once
             shared = client.submit(_itself, job, pure=False)
-        futures = {client.submit(ingest, source, shared, pure=False): source for source in sources}
-        for future in as_completed(list(futures), loop=client.loop):
-            if stop.number is not None:
-                client.cancel([other for other in futures if not other.done()])
-                return
-            failure = future.exception()
-            if isinstance(failure, UserError):
-                raise failure
-            if failure is not None:
-                why = f"{type(failure).__name__}: {first_line(failure)}"
-                reason = f"failed on its Dask worker ({why})"
-                yield skipped(futures[future].key, reason)
-            else:
-                yield future.result()
+        lost = yield from _run_tasks(client, sources, shared, stop)
+        for source in lost:  # alone: Dask also blames what waited on the same workers
+            if (yield from _run_tasks(client, [source], shared, stop)):
+                reason = "ended the Dask workers that read it, out of memory perhaps"
+                yield skipped(source.key, reason)
+
+
+def _run_tasks(
+    client: Client, sources: Sequence[VolumeSource], shared: DaskFuture, stop: Stop
+) -> Generator[Outcome, None, list[VolumeSource]]:
+    """Yield outcomes until the sources are through; return those whose workers died."""
+    from distributed import KilledWorker, as_completed
+
+    lost = []
+    futures = {client.submit(ingest, source, shared, pure=False): source for source in sources}
+    for future in as_completed(list(futures), loop=client.loop):
+        if stop.number is not None:
+            client.cancel([other for other in futures if not other.done()])
+            return []
+        failure = future.exception()
+        if isinstance(failure, UserError):
+            raise failure
+        if isinstance(failure, KilledWorker):
+            lost.append(futures[future])
+        elif failure is not None:
+            why = f"{type(failure).__name__}: {first_line(failure)}"
+            yield skipped(futures[future].key, f"failed on its Dask worker ({why})")
+        else:
+            yield future.result()
+    return lost
 
 
 def _itself(job: Job) -> Job:

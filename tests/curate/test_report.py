@@ -5,8 +5,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from nnunetv2_meddinov3.curate.report import histogram_figure, montage_figure
 from nnunetv2_meddinov3.curate.pipeline import curate
+from nnunetv2_meddinov3.curate.report import histogram_figure, montage_figure
 
 
 def test_the_report_says_what_is_in_the_store_and_what_is_not(tmp_path, make_ct, write_image):

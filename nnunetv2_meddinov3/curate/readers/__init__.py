@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
-import SimpleITK as sitk
 
 from nnunetv2_meddinov3.curate.readers.dicom import read_series
-from nnunetv2_meddinov3.curate.readers.images import PICTURES, ending_of, read_image, read_picture
+from nnunetv2_meddinov3.curate.readers.images import (
+    PICTURES,
+    ending_of,
+    read_image,
+    read_picture,
+    without_itk_warnings,
+)
 from nnunetv2_meddinov3.curate.readers.nifti import read_nifti
 from nnunetv2_meddinov3.curate.volume import Image, Unreadable, VolumeSource, plain_text
 
@@ -44,7 +47,7 @@ def read(source: VolumeSource) -> Image:
         Unreadable: With the reason, if it is damaged or not one volume of grey values.
     """
     try:
-        with _itk_warnings_off():
+        with without_itk_warnings():
             return _read(source)
     except Unreadable:
         raise
@@ -60,17 +63,6 @@ def _read(source: VolumeSource) -> Image:
     if ending in PICTURES:
         return read_picture(path)
     return read_nifti(path) if ending.startswith(".nii") else read_image(path)
-
-
-@contextmanager
-def _itk_warnings_off() -> Iterator[None]:
-    """Keep ITK from writing to stderr meanwhile: what matters is in the notes."""
-    before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
 def _short(error: BaseException) -> str:

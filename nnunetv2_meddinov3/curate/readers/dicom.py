@@ -19,6 +19,7 @@ import SimpleITK as sitk
 
 from nnunetv2_meddinov3.curate.orient import compact
 from nnunetv2_meddinov3.curate.readers.dicom_guard import Misfit, check_lengths, has_mark
+from nnunetv2_meddinov3.curate.readers.images import open_header, without_itk_warnings
 from nnunetv2_meddinov3.curate.volume import (
     Grid,
     Image,
@@ -59,7 +60,10 @@ TEXTS = (
     "SliceThickness",
     "StudyInstanceUID",
 )
-NUMBERS = ("BitsAllocated", "Columns", "Rows", "SamplesPerPixel")
+TAGS = {
+    keyword: pydicom.tag.Tag(keyword)
+    for keyword in (*TEXTS, "Columns", "MediaStorageSOPClassUID", "Rows", "SamplesPerPixel")
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,12 @@ def read_header(path: Path) -> SliceHeader:
         has_pixels = check_lengths(path)
     except Misfit as error:
         raise Unreadable(f"it is a damaged DICOM file: {error}") from error
-    dataset = _parse(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's of odd values, which are judged here
+        return _header(path, _parse(path), has_pixels)
+
+
+def _header(path: Path, dataset: pydicom.FileDataset, has_pixels: bool) -> SliceHeader:
     uid = _text(dataset.file_meta, "MediaStorageSOPClassUID")
     for prefix, name in NO_IMAGE.items():
         if f"{uid}.".startswith(f"{prefix}."):
@@ -134,11 +143,9 @@ def read_header(path: Path) -> SliceHeader:
 
 
 def _parse(path: Path) -> pydicom.FileDataset:
-    """Read the elements that are needed, without converting any; no warning reaches the user."""
+    """Read the elements that are needed, without converting any."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd values, which are judged here
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TEXTS, *NUMBERS])
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS.values()))
     except OSError:
         raise
     except Exception as error:  # whatever malformed bytes lead a parser to
@@ -151,10 +158,10 @@ def _text(dataset: pydicom.Dataset, keyword: str) -> str:
     The bytes are not decoded by the character set of the file: the hash of a patient must not
     depend on how an exporter declares it.
     """
-    element = dataset.get_item(pydicom.tag.Tag(keyword))
+    element = dataset.get_item(TAGS[keyword])
     value = getattr(element, "value", None)
-    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else ""
-    return plain_text(text).strip(" \0")
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value or ""
+    return plain_text(str(text)).strip(" \0")
 
 
 def _number(dataset: pydicom.Dataset, keyword: str, default: int | None = None) -> int:
@@ -163,12 +170,25 @@ def _number(dataset: pydicom.Dataset, keyword: str, default: int | None = None) 
     Raises:
         Unreadable: If it has none and there is no default.
     """
+    if default is not None and TAGS[keyword] not in dataset:
+        return default
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return int(dataset.get(keyword, default))
+        return int(dataset[TAGS[keyword]].value)
     except Exception as error:  # as above
         raise Unreadable(f"it is a damaged DICOM file: its {keyword} is not a number") from error
+
+
+def check_decodable(path: Path) -> None:
+    """Refuse a file that GDCM, which decodes the pixels, cannot read: alone, not with its series.
+
+    Raises:
+        Unreadable: If GDCM refuses it.
+    """
+    try:
+        with without_itk_warnings():
+            open_header(path, "GDCMImageIO")
+    except RuntimeError as error:
+        raise Unreadable("it is a damaged DICOM file, or one that GDCM cannot read") from error
 
 
 def check_kind(header: SliceHeader) -> None:

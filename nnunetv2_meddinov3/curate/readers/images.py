@@ -10,7 +10,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def open_header(path: Path, image_io: str) -> sitk.ImageFileReader:
     reader.SetImageIO(image_io)
     reader.ReadImageInformation()
     return reader
+
+
+@contextmanager
+def without_itk_warnings() -> Iterator[None]:
+    """Keep ITK from writing to stderr meanwhile: what matters is in the notes."""
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
 def single_volume(shape: Sequence[int]) -> list[int]:

@@ -250,13 +250,13 @@ def test_a_truncated_slice_refuses_the_file_not_the_others(ct, write_series):
     ("tag", "offset"),
     [(b"\x20\x00\x32\x00", 4), (b"\x10\x00\x20\x00", 7), (b"\xe0\x7f\x10\x00", 7)],
 )
-def test_a_length_beyond_the_file_never_reaches_pydicom_or_gdcm(ct, write_series, monkeypatch, tag, offset):
+def test_a_length_beyond_the_file_reaches_no_parser(ct, write_series, monkeypatch, tag, offset):
     path = sorted(write_series(indices=[0]).iterdir())[0]
     data = bytearray(path.read_bytes())
     data[data.index(tag) + offset] = 0x77
     path.write_bytes(data)
     monkeypatch.setattr(dicom.pydicom, "dcmread", None)
-    monkeypatch.setattr(dicom, "sitk", None)
+    monkeypatch.setattr(dicom, "open_header", None)
     found, refused = find_sources([path])
     assert found == []
     assert "damaged DICOM file" in refused[0][1]
