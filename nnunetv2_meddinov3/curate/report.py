@@ -62,7 +62,7 @@ def write_report(folder: Path | str) -> Path:
     flags = "Flagged slices are in the store; a reader may leave them out."
     sections = [
         Section("Datasets", [_datasets(per_dataset, columns)]),
-        Section("Distributions", [Picture(_histograms(store, columns), "Histograms")]),
+        Section("Distributions", [Picture(as_png(_histograms(store, columns)), "Histograms")]),
         Section("Slices", [Text(montage), _montage(store, columns)]),
         Section("Flags", [Text(flags), _table(("flag", "slices"), _flags(store, columns))]),
         Section(
@@ -130,7 +130,7 @@ def _datasets(rows: Sequence[_DatasetRow], columns: dict[str, np.ndarray]) -> Bl
     return _table(head, cells)
 
 
-def _histograms(store: SliceStore, columns: dict[str, np.ndarray]) -> bytes:
+def _histograms(store: SliceStore, columns: dict[str, np.ndarray]) -> Figure:
     is_ct = (columns["modality"] == "CT") & ~columns["windowed"].astype(bool)
     sample = _evenly(np.flatnonzero(is_ct), MAX_SAMPLED_SLICES)
     values = [store[int(i)][0][::4, ::4].ravel() for i in sample]
@@ -151,7 +151,7 @@ def _montage(store: SliceStore, columns: dict[str, np.ndarray]) -> Block:
         chosen = _evenly(_longest(columns, name), MONTAGE_SLICES)
         slices = [(store[int(i)][0], *_window(columns, i)) for i in chosen]
         rows.append((str(name), slices))
-    return Picture(montage_figure(rows), "Slices of each dataset")
+    return Picture(as_png(montage_figure(rows)), "Slices of each dataset")
 
 
 def _longest(columns: dict[str, np.ndarray], dataset: str) -> np.ndarray:
@@ -195,7 +195,7 @@ def _evenly(items: np.ndarray, number: int) -> np.ndarray:
 
 def histogram_figure(
     spacing_x: np.ndarray, spacing_z: np.ndarray, values: np.ndarray, body: np.ndarray
-) -> bytes:
+) -> Figure:
     """Draw histograms of the index, and of the values of a sample of its slices.
 
     Args:
@@ -203,9 +203,6 @@ def histogram_figure(
         spacing_z: (N,) spacing between slices in mm, without the unknown.
         values: (M,) HU of a sample of CT pixels, empty where there is no CT.
         body: (N,) body fraction of each slice.
-
-    Returns:
-        A PNG.
     """
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -223,18 +220,15 @@ def histogram_figure(
         axis.set_xlabel(label)
         axis.set_ylabel(counted)
     axes[1, 0].set_yscale("log" if len(values) else "linear")
-    return _png(figure)
+    return figure
 
 
-def montage_figure(rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, float, float]]]]) -> bytes:
+def montage_figure(rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, float, float]]]]) -> Figure:
     """Draw one row of slices per dataset.
 
     Args:
         rows: Title of a row, and its slices, each as (H, W) values and the low and high end of
             the window to show it in.
-
-    Returns:
-        A PNG.
     """
     columns = max(len(slices) for _, slices in rows)
     figure = Figure(figsize=(1.5 * columns, 1.75 * len(rows)), layout="constrained")
@@ -245,10 +239,11 @@ def montage_figure(rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, float, f
         line[0].set_title(title, fontsize=8, loc="left")
         for axis, (image, low, high) in zip(line, slices, strict=False):
             axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
-    return _png(figure)
+    return figure
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

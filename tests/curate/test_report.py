@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from nnunetv2_meddinov3.curate.pipeline import curate
-from nnunetv2_meddinov3.curate.report import histogram_figure, montage_figure
+from nnunetv2_meddinov3.curate.report import as_png, histogram_figure, montage_figure
 
 
 def test_the_report_says_what_is_in_the_store_and_what_is_not(tmp_path, make_ct, write_image):
@@ -49,14 +49,50 @@ def test_a_store_without_slices_has_a_report_too(tmp_path):
 def test_the_montage_shows_each_slice_in_its_window():
     image = np.full((8, 8), 100, np.int16)
     rows = [("A", [(image, 0, 100), (image, 100, 200)])]
-    pixels = np.asarray(Image.open(io.BytesIO(montage_figure(rows))).convert("L"))
+    pixels = np.asarray(Image.open(io.BytesIO(as_png(montage_figure(rows)))).convert("L"))
     height, width = pixels.shape
     left, right = pixels[height * 2 // 3, width // 4], pixels[height * 2 // 3, width * 3 // 4]
     assert (left, right) == (255, 0)
 
 
+def test_the_montage_has_a_titled_row_for_each_dataset():
+    images = [np.full((8, 8), number, np.int16) for number in range(3)]
+    rows = [("A", [(image, 0, 9) for image in images]), ("B", [(images[2], 0, 9)])]
+    axes = np.reshape(montage_figure(rows).axes, (2, 3))
+    assert [[axis.get_title(loc="left") for axis in line] for line in axes] == [
+        ["A", "", ""],
+        ["B", "", ""],
+    ]
+    shown = [[len(axis.images) for axis in line] for line in axes]
+    assert shown == [[1, 1, 1], [1, 0, 0]]
+    np.testing.assert_array_equal(axes[1, 0].images[0].get_array(), images[2])
+
+
+LABELS = [
+    ("pixel spacing (mm)", "slices"),
+    ("distance between slices (mm)", "slices"),
+    ("HU, of a sample of CT slices", "pixels"),
+    ("body fraction", "slices"),
+]
+
+
+def test_histograms_count_what_is_known():
+    spacing_x, spacing_z = np.array([0.5, 0.5, 0.7]), np.array([2.0, 2.0, 2.5])
+    values = np.array([-1000, -1000, 40, 2000])  # the last is beyond the bins
+    figure = histogram_figure(spacing_x, spacing_z, values, np.array([0.0, 0.5, 1.0]))
+    assert [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes] == LABELS
+    assert [sum(bar.get_height() for bar in axis.patches) for axis in figure.axes] == [3, 3, 3, 3]
+    hu = {bar.get_x(): bar.get_height() for bar in figure.axes[2].patches if bar.get_height()}
+    assert hu == {-1000: 2, 40: 1}
+    assert [axis.get_yscale() for axis in figure.axes] == ["linear", "linear", "log", "linear"]
+    assert [len(axis.texts) for axis in figure.axes] == [0] * 4
+
+
 def test_histograms_say_what_is_unknown():
-    some = np.array([0.5, 0.6])
-    unknown = histogram_figure(np.empty(0), np.empty(0), np.empty(0), np.empty(0))
-    known = histogram_figure(some, some, np.array([-1000, 40]), some)
-    assert unknown != known
+    nothing, some = np.empty(0), np.array([0.5, 0.6])
+    figure = histogram_figure(nothing, some, nothing, some)
+    assert [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes] == LABELS
+    told = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert told == [["unknown"], [], ["unknown"], []]
+    assert [len(axis.patches) > 0 for axis in figure.axes] == [False, True, False, True]
+    assert figure.axes[2].get_yscale() == "linear"

@@ -107,13 +107,12 @@ def test_the_environment_is_as_before_while_a_pool_works(tmp_path, source):
 
 @pytest.fixture(scope="module")
 def dask():
-    """Dask without its dashboard, and with workers that are given up soon."""
+    """Dask, giving up soon on schedulers and on tasks whose workers die."""
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
     import dask
 
     options = {
         "distributed.comm.timeouts.connect": "2s",
-        "distributed.deploy.lost-worker-timeout": "1s",
         "distributed.scheduler.allowed-failures": 1,
         "distributed.scheduler.worker-ttl": "20s",
     }

@@ -7,9 +7,11 @@ library before ``dicom_guard`` has seen that its elements fit into it.
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,9 +127,21 @@ def read_header(path: Path) -> SliceHeader:
         has_pixels = check_lengths(path)
     except Misfit as error:
         raise Unreadable(f"it is a damaged DICOM file: {error}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's of odd values, which are judged here
+    with _without_pydicom_warnings():
         return _header(path, _parse(path), has_pixels)
+
+
+@contextmanager
+def _without_pydicom_warnings() -> Iterator[None]:
+    """Keep pydicom from warning and logging meanwhile about odd values, which are judged here."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _header(path: Path, dataset: pydicom.FileDataset, has_pixels: bool) -> SliceHeader:

@@ -1,6 +1,8 @@
+import hashlib
 import os
 import random
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +301,60 @@ def test_mr_is_taken_with_a_robust_range(ct, write_series):
     array = sitk.GetArrayFromImage(image)
     low, high = np.percentile(array[array > array.min()], [0.5, 99.5])
     assert (volume.modality, volume.intensity) == ("MR", {"low": low, "high": high})
+
+
+def test_odd_values_of_a_header_raise_no_warning(write_series, caplog):
+    # an age of no known form, a UID with letters and an unknown character set
+    odd = {"t0010_1010": "old", "t0008_0005": "ISO_IR 999", "t0020_000e": "1.2.x"}
+    folder = write_series(change=lambda k, tags: {**tags, **odd})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, refused = find_sources([folder])
+        volume = read_volume(found[0])
+    assert refused == []
+    assert (found[0].key, len(volume.array)) == ("series#1.2.x", 6)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("declared", [None, "ISO_IR 100", "ISO_IR 192"])
+def test_the_hash_of_a_patient_is_that_of_the_bytes_in_the_file(write_series, declared):
+    folder = write_series(
+        indices=[0],
+        change=lambda k, tags: {**tags, "t0010_0020": "M\u00fcller 7", "t0008_0005": declared},
+    )
+    (source,), _ = find_sources([folder])
+    assert source.patient == hashlib.sha256("M\u00fcller 7".encode()).hexdigest()[:16]
+
+
+def test_a_slice_that_gdcm_cannot_decode_refuses_the_file_not_the_others(ct, write_series):
+    folder = write_series()
+    path = sorted(folder.iterdir())[0]
+    data = path.read_bytes()
+    at = data.index(b"\x28\x00\x00\x01") + 8  # BitsAllocated
+    path.write_bytes(data[:at] + b"\x07\x00" + data[at + 2 :])
+    found, refused = find_sources([folder])
+    told = "it is a damaged DICOM file, or one that GDCM cannot read"
+    assert refused == [(f"series/{path.name}", told)]
+    assert len(found[0].paths) == 5
+
+
+@pytest.mark.parametrize("tag", [b"\x28\x00\x10\x00", b"\x28\x00\x11\x00"])
+def test_an_image_without_rows_or_columns_is_damaged(write_series, tag):
+    (path,) = write_series(indices=[0]).iterdir()
+    path.write_bytes(path.read_bytes().replace(tag, tag[:2] + b"\x99\x00", 1))
+    _, refused = find_sources([path])
+    assert "is not a number" in refused[0][1]
+
+
+def test_what_is_read_leaves_the_switches_of_simpleitk_as_they_were(ct, write_series):
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    try:
+        for state in (True, False):
+            sitk.ProcessObject.SetGlobalWarningDisplay(state)
+            read_only(write_series(folder=f"s{state}"))
+            assert sitk.ProcessObject.GetGlobalWarningDisplay() is state
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 @pytest.mark.slow
