@@ -218,3 +218,28 @@ def test_missing_sources_and_two_of_one_name_are_mistakes_of_the_user(tmp_path):
         find_sources([tmp_path / "x" / "images", tmp_path / "y" / "images"])
     same, _ = find_sources([tmp_path / "x", tmp_path / "x" / ".." / "x"])
     assert keys(same) == ["x/images/a.nii"]
+
+
+@pytest.mark.parametrize("labels", [None, [], {"liver": "one"}, {"liver": {"value": 1}}])
+def test_labels_may_be_anything_because_they_are_never_read(tmp_path, labels):
+    dataset = make_dataset(tmp_path / "D1", labels=labels)
+    found, refused = find_sources([dataset])
+    assert keys(found) == ["D1/imagesTr/a_0000.nii.gz", "D1/imagesTr/b_0000.nii.gz"]
+    assert refused == []
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"name": "a table"}', b'"text"'])
+def test_a_dataset_json_that_is_not_about_images_makes_no_dataset(tmp_path, content):
+    touch(tmp_path / "in" / "dataset.json", content)
+    touch(tmp_path / "in" / "imagesTr" / "c.nii.gz")
+    found, refused = find_sources([tmp_path / "in"])
+    assert keys(found) == ["in/imagesTr/c.nii.gz"]
+    assert refused == []
+
+
+def test_a_linked_dataset_has_the_name_of_its_link(tmp_path):
+    make_dataset(tmp_path / "elsewhere" / "D1")
+    (tmp_path / "Dataset001_Mine").symlink_to(tmp_path / "elsewhere" / "D1")
+    found, _ = find_sources([tmp_path / "Dataset001_Mine"])
+    assert {source.dataset for source in found} == {"Dataset001_Mine"}
+    assert keys(found)[0] == "Dataset001_Mine/imagesTr/a_0000.nii.gz"
