@@ -9,10 +9,11 @@ from string import Template
 
 import numpy as np
 
+from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.curate.figures import histogram_figure, montage_figure
 from nnunetv2_meddinov3.curate.ingest import count_reasons
 from nnunetv2_meddinov3.store.index import read_records, read_skips
-from nnunetv2_meddinov3.store.layout import REPORT, write_atomically
+from nnunetv2_meddinov3.store.layout import REPORT
 from nnunetv2_meddinov3.store.reader import SliceStore
 
 MONTAGE_DATASETS = 12
@@ -86,7 +87,7 @@ def write_report(folder: Path | str) -> Path:
         skipped=_table(("source", "reason"), skips),
         options=_table(("option", "value"), sorted(store.options.items())),
     )
-    write_atomically(folder / REPORT, page.encode())
+    files.write_text(folder / REPORT, page)
     return folder / REPORT
 
 
@@ -152,7 +153,7 @@ def _datasets(rows: Sequence[tuple], columns: dict[str, np.ndarray]) -> str:
 def _histograms(store: SliceStore, columns: dict[str, np.ndarray]) -> bytes:
     is_ct = (columns["modality"] == "CT") & ~columns["windowed"].astype(bool)
     sample = _evenly(np.flatnonzero(is_ct), SAMPLED_SLICES)
-    values = [store[int(i)][0][::4, ::4].ravel() for i in sample]
+    values = [store.image(int(i))[::4, ::4].ravel() for i in sample]
     spacing_x, spacing_z = (columns[f"spacing_{axis}"].astype(float) for axis in "xz")
     return histogram_figure(
         spacing_x[np.isfinite(spacing_x)],
@@ -168,7 +169,7 @@ def _montage(store: SliceStore, columns: dict[str, np.ndarray]) -> bytes:
     rows = []
     for name in _evenly(np.unique(columns["dataset"]), MONTAGE_DATASETS):
         chosen = _evenly(_longest(columns, name), MONTAGE_SLICES)
-        slices = [(store[int(i)][0], *_window(columns, i)) for i in chosen]
+        slices = [(store.image(int(i)), *_window(columns, i)) for i in chosen]
         rows.append((str(name), slices))
     return montage_figure(rows)
 

@@ -118,16 +118,20 @@ def test_an_older_view_of_the_records_never_replaces_a_newer_index(stores, tmp_p
     folder = tmp_path / "s"
     writer = StoreWriter(folder, stores.options)
     writer.write_volume(*stores.volume(0))
-    derive, first_has_read, go_on = index.derive, threading.Event(), threading.Event()
+    read_catalogue, first_has_read, go_on = (
+        index.read_catalogue,
+        threading.Event(),
+        threading.Event(),
+    )
 
     def slow_at_first(*arguments):
-        built = derive(*arguments)
+        built = read_catalogue(*arguments)
         if not first_has_read.is_set():
             first_has_read.set()
             go_on.wait(10)
         return built
 
-    monkeypatch.setattr(index, "derive", slow_at_first)
+    monkeypatch.setattr(index, "read_catalogue", slow_at_first)
     first = threading.Thread(target=build_index, args=(folder,))
     second = threading.Thread(target=build_index, args=(folder,))
     first.start()

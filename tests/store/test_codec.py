@@ -2,7 +2,7 @@ import blosc2
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.store.arrays import decode, encode
+from nnunetv2_meddinov3.store.codec import decode, encode
 
 SLICES = np.random.default_rng(0).integers(-1000, 1000, (3, 40, 48), dtype=np.int16)
 
