@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--into", type=Path, required=True, help="a new folder, or a store to add to"
     )
-    split = verbs.add_parser("split", help="deal the slices to splits, patients kept together")
+    split = verbs.add_parser("split", help="divide the slices, keeping patients together")
     split.add_argument("store", type=Path, help="folder of the store; splits.json is written there")
     split.add_argument("splits", nargs="+", metavar="NAME=FRACTION", help="train=0.9 val=0.1")
     split.add_argument("--seed", type=int, default=0, help="default: 0")

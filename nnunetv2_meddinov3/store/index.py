@@ -158,7 +158,9 @@ def read_catalogue(
         found.append(digests(each.sha256 for each in _by_z(record)))
         for tool, version in record.versions.items():
             versions.setdefault(tool, set()).add(version)
-    places = sorted(range(len(sources)), key=lambda n: _sorting_key(sources[n]))
+    places = sorted(
+        range(len(sources)), key=lambda n: (sources[n]["dataset"], sources[n]["source_key"])
+    )
     sources = [sources[place] for place in places]
     listed = _listed([found[place] for place in places])
     _count_duplicates(sources, listed)
@@ -181,11 +183,13 @@ def read_records(folder: Path | str, in_order: bool = True) -> Iterator[VolumeRe
         UserError: If a record is damaged.
     """
     paths = sorted((Path(folder) / layout.RECORDS).glob("*.json"))
-    if in_order:
-        keys = {path: (r.dataset, r.source_key) for path in paths for r in [_undamaged(path)]}
-        paths.sort(key=keys.__getitem__)
-    for path in paths:
+    for path in sorted(paths, key=_order_of) if in_order else paths:
         yield _undamaged(path)
+
+
+def _order_of(path: Path) -> tuple[str, str]:
+    record = _undamaged(path)
+    return record.dataset, record.source_key
 
 
 def _undamaged(path: Path) -> VolumeRecord:
@@ -246,10 +250,6 @@ def _summary(record: VolumeRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in names} | counts
 
 
-def _sorting_key(source: dict[str, Any]) -> tuple[str, str]:
-    return source["dataset"], source["source_key"]
-
-
 def _listed(found: list[np.ndarray]) -> list[np.ndarray]:
     """Return which slices are the first of their content, given the digests of each record."""
     if not found:
@@ -308,20 +308,19 @@ def _tables(catalogue: Catalogue, schema: pa.Schema, rows: IO[bytes]) -> Iterato
     """Yield the rows of the index, sorted by volume and slice, a batch at a time."""
     reader = pa.ipc.open_file(rows)
     for numbers in _batches(catalogue):
-        kept = [reader.get_batch(catalogue.places[number]) for number in numbers]
-        slices = pa.Table.from_batches(kept, _SLICES).combine_chunks()
-        is_listed = [np.empty(0, bool), *(catalogue.listed[number] for number in numbers)]
+        records = [reader.get_batch(catalogue.places[number]) for number in numbers]
+        slices = pa.Table.from_batches(records, _SLICES).combine_chunks()
+        lengths = [len(each) for each in records]
+        ids = np.array([catalogue.sources[each]["volume_id"] for each in numbers], dtype=str)
+        number = np.repeat(np.array(numbers, np.int64), lengths)  # of each row: its record
+        volume = np.repeat(np.unique(ids, return_inverse=True)[1], lengths)
+        is_listed = [np.empty(0, bool), *(catalogue.listed[each] for each in numbers)]
         listed = np.flatnonzero(np.concatenate(is_listed))
-        # of each row the place of its record in this batch, and of its volume among the sorted ids
-        record = np.repeat(np.arange(len(numbers)), [len(each) for each in kept])[listed]
-        ids = np.array([catalogue.sources[number]["volume_id"] for number in numbers], dtype=str)
-        volume = np.unique(ids, return_inverse=True)[1][record]
-        order = np.lexsort((slices["slice"].to_numpy()[listed], volume))
-        slices = slices.take(listed[order])
-        columns = {name: slices[name] for name in slices.column_names}
-        taken = pa.array(np.array(numbers, np.int64)[record[order]])
-        columns |= {name: each.take(taken) for name, each in catalogue.volumes.items()}
-        yield pa.table([columns[name] for name in schema.names], schema=schema).combine_chunks()
+        order = listed[np.lexsort((slices["slice"].to_numpy()[listed], volume[listed]))]
+        columns = dict(zip(_SLICES.names, slices.take(order).columns, strict=True))
+        of_record = pa.array(number[order])
+        columns |= {name: each.take(of_record) for name, each in catalogue.volumes.items()}
+        yield pa.table([columns[name] for name in schema.names], schema=schema)
 
 
 def _with_own_names(table: pa.Table) -> pa.Table:

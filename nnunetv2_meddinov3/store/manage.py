@@ -109,7 +109,7 @@ def _choose_records(stores: list[Path]) -> dict[str, Path]:
 def split_by_patient(
     folder: Path | str, fractions: dict[str, float], seed: int = 0
 ) -> dict[str, list[int]]:
-    """Deal the rows of a store to named splits, and write them to ``splits.json``.
+    """Divide the rows of a store into named splits, and write them to ``splits.json``.
 
     A patient is a (dataset, patient) pair. Patients that share a slice, because one volume is in
     two datasets, go together. The same store, fractions and seed give the same splits.
@@ -197,7 +197,7 @@ def _groups(folder: Path) -> dict[str, str]:
 def _deal(
     group_of_row: np.ndarray, fractions: dict[str, float], seed: int, folder: Path
 ) -> dict[str, str]:
-    """Return the split of each group: drawn by hash, each to the split that lacks most slices."""
+    """Return the split of each group: drawn by hash, each goes where most is missing."""
     groups, sizes = np.unique(group_of_row, return_counts=True)
     if len(groups) < len(fractions):
         raise UserError(
