@@ -2,11 +2,12 @@
 
     python benchmarks/slice_store.py [--slices 96] [--size 512] [--rounds 9] [--rows 100000]
 
-Three things are measured: random reads per second of a store and of PNG files, in turns, from a
-warm page cache; the size of both; and, for an index of many synthetic rows, the time to build and
-to open it and the memory a process takes of its own to hold it. Slices are synthetic CT: an
-elliptic body with organs, noise of 12 HU, air with noise of 8 HU, and padding outside the circle
-that a scanner reconstructs. Pass --array FILE.npy for (S, H, W) int16 slices of your own.
+Three things are measured: random reads per second of a store (slices alone, and with their rows
+of the index) and of PNG files, in turns, from a warm page cache; the size of both; and, for an
+index of many synthetic rows, the time and memory to build it, the time to open it and the memory a
+process takes of its own to hold it. Slices are synthetic CT: an elliptic body with organs, noise of
+12 HU, air with noise of 8 HU, and padding outside the circle that a scanner reconstructs. Pass
+--array FILE.npy for (S, H, W) int16 slices of your own.
 """
 
 import argparse
@@ -51,14 +52,14 @@ opened = time.perf_counter() - start
 chosen = np.random.default_rng(0).integers(0, len(store), 5000)
 start = time.perf_counter()
 for number in chosen:
-    {name: column[int(number)].as_py() for name, column in store._columns}
+    {name: column[int(number)].as_py() for name, column in store._columns.items()}
 per_row = (time.perf_counter() - start) / len(chosen)
 print(json.dumps({"open_s": opened, "row_us": per_row * 1e6, "own_mb": own_mb() - before}))
 """
 
 
 def synthetic_ct(slices: int, size: int) -> np.ndarray:
-    """(slices, size, size) int16 in HU."""
+    """Return (slices, size, size) int16 in HU."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     volume = np.empty((slices, size, size), np.int16)
@@ -72,14 +73,14 @@ def synthetic_ct(slices: int, size: int) -> np.ndarray:
 
 
 def described(index: int, image: np.ndarray) -> SliceRecord:
-    """A record of a slice."""
+    """Return the record of a slice."""
     numbers = (float(image.min()), float(image.max()), float(image.mean()))
     phash = perceptual_hash(image, -160, 240)
     return SliceRecord(index, index, 1.0 * index, slice_sha256(image), phash, 0.4, 0, 0.2, *numbers)
 
 
 def record_of(key: str, shape: tuple[int, int, int], slices: list[SliceRecord]) -> VolumeRecord:
-    """A record of a CT volume."""
+    """Return the record of a CT volume."""
     return VolumeRecord(
         source_key=key,
         source_sha256="0" * 64,
@@ -95,7 +96,7 @@ def record_of(key: str, shape: tuple[int, int, int], slices: list[SliceRecord]) 
 
 
 def write_both(array: np.ndarray, folder: Path) -> tuple[SliceStore, list[Path]]:
-    """The same slices as a store and as PNG files (HU + 32768), in the order of the store."""
+    """Write the same slices as a store and as PNG files (HU + 32768), in the order of the store."""
     writer = StoreWriter(folder / "store", OPTIONS)
     slices = [described(index, image) for index, image in enumerate(array)]
     writer.write_volume(record_of("Set/case", array.shape, slices), array)
@@ -103,34 +104,35 @@ def write_both(array: np.ndarray, folder: Path) -> tuple[SliceStore, list[Path]]
     store, paths = SliceStore(folder / "store"), []
     for number in range(len(store)):
         paths.append(folder / f"{number}.png")
-        Image.fromarray(store[number][0].view(np.uint16) ^ SIGN).save(paths[-1])
+        Image.fromarray(store.image(number).view(np.uint16) ^ SIGN).save(paths[-1])
     return store, paths
 
 
 def read_png(path: Path) -> np.ndarray:
-    """One slice in HU."""
+    """Return one slice in HU."""
     with Image.open(path) as image:
         return (np.asarray(image, dtype=np.uint16) ^ SIGN).view(np.int16)
 
 
 def reading(array: np.ndarray, rounds: int, folder: Path) -> None:
-    """Prints reads per second of both, and their ratio."""
+    """Print reads per second of both, and their ratio."""
     store, paths = write_both(array, folder)
     for number, path in enumerate(paths):
-        if not np.array_equal(store[number][0], read_png(path)):
+        if not np.array_equal(store.image(number), read_png(path)):
             raise SystemExit(f"slice {number} differs between store and PNG")
-    rng, rates = np.random.default_rng(0), {"store": [], "png": []}
+    readers = {
+        "store": store.image,
+        "rows": store.__getitem__,
+        "png": lambda number: read_png(paths[number]),
+    }
+    rng, rates = np.random.default_rng(0), {name: [] for name in readers}
     for _ in range(rounds):
         order = rng.permutation(len(store)).tolist()
-        start = time.process_time()
-        for number in order:
-            store[number]
-        middle = time.process_time()
-        for number in order:
-            read_png(paths[number])
-        end = time.process_time()
-        rates["store"].append(len(order) / (middle - start))
-        rates["png"].append(len(order) / (end - middle))
+        for name, read in readers.items():
+            start = time.process_time()
+            for number in order:
+                read(number)
+            rates[name].append(len(order) / (time.process_time() - start))
     ratios = [a / b for a, b in zip(rates["store"], rates["png"], strict=True)]
     for name, found in rates.items():
         print(f"{name:6} {statistics.median(found):8.0f} slices/s/core (median of {rounds})")
@@ -145,7 +147,7 @@ def reading(array: np.ndarray, rounds: int, folder: Path) -> None:
 
 
 def indexing(rows: int, folder: Path, per_volume: int = 400) -> None:
-    """Prints what an index of synthetic rows costs."""
+    """Print what an index of synthetic rows costs."""
     rng = np.random.default_rng(0)
     StoreWriter(folder / "index", OPTIONS)
     for first in range(0, rows, per_volume):
@@ -156,7 +158,7 @@ def indexing(rows: int, folder: Path, per_volume: int = 400) -> None:
         ]  # fmt: skip
         record = record_of(f"Set{first % 16}/case{first}", (len(slices), 512, 512), slices)
         values = record.to_dict() | {"volume_id": rng.bytes(16).hex()}
-        path = folder / "index" / layout.RECORDS / layout.name_of(record.source_key)
+        path = folder / "index" / layout.RECORDS / layout.record_name(record.source_key)
         path.write_bytes(layout.sealed(values, "record_sha256"))
     start = time.perf_counter()
     index = build_index(folder / "index")
@@ -171,7 +173,7 @@ def indexing(rows: int, folder: Path, per_volume: int = 400) -> None:
 
 
 def report_opening(folder: Path, kind: str, repeats: int = 5) -> None:
-    """Prints the median over processes that open the index."""
+    """Print the median over processes that open the index."""
     command = [sys.executable, "-c", OPEN, str(folder / "index")]
     found = [
         json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -185,7 +187,7 @@ def report_opening(folder: Path, kind: str, repeats: int = 5) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slices", type=int, default=96)
     parser.add_argument("--size", type=int, default=512)

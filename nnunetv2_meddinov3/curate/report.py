@@ -133,7 +133,7 @@ def _datasets(rows: Sequence[_DatasetRow], columns: dict[str, np.ndarray]) -> Bl
 def _histograms(store: SliceStore, columns: dict[str, np.ndarray]) -> Figure:
     is_ct = (columns["modality"] == "CT") & ~columns["windowed"].astype(bool)
     sample = _evenly(np.flatnonzero(is_ct), MAX_SAMPLED_SLICES)
-    values = [store[int(i)][0][::4, ::4].ravel() for i in sample]
+    values = [store.image(int(i))[::4, ::4].ravel() for i in sample]
     spacing_x, spacing_z = (columns[f"spacing_{axis}"].astype(float) for axis in "xz")
     return histogram_figure(
         spacing_x[np.isfinite(spacing_x)],
@@ -149,7 +149,7 @@ def _montage(store: SliceStore, columns: dict[str, np.ndarray]) -> Block:
     rows = []
     for name in _evenly(np.unique(columns["dataset"]), MAX_MONTAGE_DATASETS):
         chosen = _evenly(_longest(columns, name), MONTAGE_SLICES)
-        slices = [(store[int(i)][0], *_window(columns, i)) for i in chosen]
+        slices = [(store.image(int(i)), *_window(columns, i)) for i in chosen]
         rows.append((str(name), slices))
     return Picture(as_png(montage_figure(rows)), "Slices of each dataset")
 

@@ -65,7 +65,7 @@ def slices_to_follow(store: SliceStore, rows: np.ndarray, config: StageConfig) -
         UserError: If one cannot be read.
     """
     chosen = spread_rows(_volumes(store, rows), store.rows["body_fraction"].to_numpy()[rows])
-    images = [store[int(rows[place])][0] for place in chosen]
+    images = [store.image(int(rows[place])) for place in chosen]
     return fixed_slices(images, tuple(config.intensity.clip_hu))
 
 
@@ -87,7 +87,7 @@ class _Groups(Dataset):
 
     def __getitem__(self, group: Group) -> tuple[Group, Slices | ViewBatch] | _Failure:
         try:
-            slices = Slices.of([self.store[row][0] for row in group.rows])
+            slices = Slices.of([self.store.image(row) for row in group.rows])
         except UserError as error:
             return _Failure(error)
         return group, _views(slices, group, self.config) if self.makes_views else slices

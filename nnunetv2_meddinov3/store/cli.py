@@ -21,9 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--into", type=Path, required=True, help="a new folder, or a store to add to"
     )
-    split = verbs.add_parser("split", help="deal the slices to parts, patients kept together")
+    split = verbs.add_parser("split", help="divide the slices, keeping patients together")
     split.add_argument("store", type=Path, help="folder of the store; splits.json is written there")
-    split.add_argument("parts", nargs="+", metavar="NAME=FRACTION", help="train=0.9 val=0.1")
+    split.add_argument("splits", nargs="+", metavar="NAME=FRACTION", help="train=0.9 val=0.1")
     split.add_argument("--seed", type=int, default=0, help="default: 0")
     export = verbs.add_parser("export", help="write each slice as a .npy file (int16)")
     export.add_argument("store", type=Path, help="folder of the store")
@@ -45,16 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from nnunetv2_meddinov3.store.verify import verify
 
-    found = verify(args.store, _progress if sys.stderr.isatty() else None)
+    found = verify(args.store, sys.stderr)
     for sentence in found:
         print(sentence)
     print(f"{args.store}: {len(found)} problem(s) found" if found else f"{args.store}: intact")
     return 1 if found else 0
-
-
-def _progress(done: int, of: int) -> None:
-    sys.stderr.write(f"\r{done}/{of} volumes" + ("\n" if done == of else ""))
-    sys.stderr.flush()
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -67,27 +62,29 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from nnunetv2_meddinov3.store.splitting import split_by_patient
+    from nnunetv2_meddinov3.store.manage import split_by_patient
 
-    rows = split_by_patient(args.store, _fractions(args.parts), args.seed)
+    rows = split_by_patient(args.store, _fractions(args.splits), args.seed)
     for name, numbers in rows.items():
         print(f"{name}: {len(numbers)} slices")
     return 0
 
 
-def _fractions(parts: Sequence[str]) -> dict[str, float]:
+def _fractions(splits: Sequence[str]) -> dict[str, float]:
     fractions = {}
-    for part in parts:
-        name, _, share = part.partition("=")
+    for split in splits:
+        name, _, share = split.partition("=")
         try:
             fractions[name] = float(share)
         except ValueError as error:
             raise UserError(
-                f"a part must be NAME=FRACTION such as train=0.9, got {part!r}: name each part "
-                "with its fraction."
+                f"a split must be NAME=FRACTION such as train=0.9, got {split!r}: give each split "
+                "its fraction."
             ) from error
-    if len(fractions) < len(parts):
-        raise UserError(f"the parts must have different names, got {' '.join(parts)}: rename one.")
+    if len(fractions) < len(splits):
+        raise UserError(
+            f"the splits must have different names, got {' '.join(splits)}: rename one."
+        )
     return fractions
 
 

@@ -3,45 +3,57 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
+from nnunetv2_meddinov3 import files
+
 _GRID = 32  # cells per side of the area average
 _KEPT = 8  # lowest frequencies per side, hence 64 bits
-_BLOCK = 1 << 20  # bytes read at once
 
 # Number of set bits of every 16-bit number: numpy has no popcount before its version 2.
 _POPCOUNT = np.array([bin(number).count("1") for number in range(1 << 16)], dtype=np.uint8)
 
 
 def slice_sha256(image: np.ndarray) -> str:
-    """SHA-256 of one slice: its little-endian int16 values (H, W), row by row."""
-    return hashlib.sha256(np.ascontiguousarray(image, dtype="<i2")).hexdigest()
+    """Return the SHA-256 of one slice: its little-endian int16 values (H, W), row by row."""
+    return hashlib.sha256(np.ascontiguousarray(image, dtype="<i2").data).hexdigest()
 
 
 def source_sha256(paths: Sequence[str]) -> str:
-    """SHA-256 of the files of one source, whatever their names and their order.
+    """Return the SHA-256 of the files of one source, whatever their names and their order.
 
     One file has its own hash, as ``sha256sum`` prints it; several have the hash of theirs, sorted.
 
     Raises:
         OSError: If a file cannot be read.
     """
-    hashes = sorted(_file_sha256(path) for path in paths)
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = sorted(files.file_sha256(path) for path in paths)
+    return hashes[0] if len(hashes) == 1 else files.sha256("".join(hashes).encode())
 
 
-def _file_sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def digests(hashes: Iterable[str]) -> np.ndarray:
+    """Return SHA-256 hashes (hexadecimal) as (N, 2) uint64: their first 128 bits, which suffice."""
+    return np.frombuffer(bytes.fromhex("".join(text[:32] for text in hashes)), "<u8").reshape(-1, 2)
+
+
+def first_of_equal(found: np.ndarray) -> np.ndarray:
+    """Return for each of the digests (N, 2) the number of the first that equals it.
+
+    Returns:
+        (N,) int64; a digest that occurs for the first time has its own number.
+    """
+    order = np.lexsort((found[:, 0], found[:, 1]))  # stable: of equal ones the first comes first
+    in_order = found[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[is_new][np.cumsum(is_new) - 1]
+    return first
 
 
 def perceptual_hash(image: np.ndarray, low: float, high: float) -> str:
-    """64-bit DCT hash of one slice, as 16 hexadecimal digits.
+    """Return the 64-bit DCT hash of one slice, as 16 hexadecimal digits.
 
     The slice is clipped to a window, averaged over 32 x 32 equal areas and transformed by a cosine
     transform. Bit ``8 * row + column`` (the first is the most significant) says whether that one
@@ -51,8 +63,8 @@ def perceptual_hash(image: np.ndarray, low: float, high: float) -> str:
 
     Args:
         image: (H, W), any numbers.
-        low: lower end of the window, in the units of the image.
-        high: upper end of the window.
+        low: Lower end of the window, in the units of the image.
+        high: Upper end of the window.
     """
     clipped = np.clip(image, low, high).astype(np.float64)
     rows, columns = (_frequencies(length) for length in clipped.shape)
@@ -64,7 +76,7 @@ def perceptual_hash(image: np.ndarray, low: float, high: float) -> str:
 
 @lru_cache(maxsize=64)
 def _frequencies(length: int) -> np.ndarray:
-    """Matrix (8, length): area average onto 32 cells, then the 8 lowest cosines (DCT-II)."""
+    """Return (8, length): an area average onto 32 cells, then the 8 lowest cosines (DCT-II)."""
     edges = np.linspace(0, length, _GRID + 1)
     pixels = np.arange(length)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -76,11 +88,11 @@ def _frequencies(length: int) -> np.ndarray:
 
 
 def as_numbers(hashes: Iterable[str]) -> np.ndarray:
-    """Perceptual hashes (16 hexadecimal digits) as an array of uint64."""
+    """Return perceptual hashes (16 hexadecimal digits) as an array of uint64."""
     return np.array([int(text, 16) for text in hashes], dtype=np.uint64)
 
 
 def bit_distances(number: np.uint64, others: np.ndarray) -> np.ndarray:
-    """Number of bits (0 to 64) in which one perceptual hash differs from each of others (N,)."""
+    """Return the number of bits (0 to 64) in which a perceptual hash differs from others (N,)."""
     words = np.bitwise_xor(others, number).view(np.uint16).reshape(len(others), 4)
     return _POPCOUNT[words].sum(axis=1, dtype=np.int64)

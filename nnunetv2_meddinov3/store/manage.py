@@ -1,9 +1,9 @@
-"""Whole stores: merging several into one, and exporting one as plain ``.npy`` files."""
+"""Whole stores: merging several into one, splitting one by patient, exporting ``.npy`` files."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,33 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store import layout
-from nnunetv2_meddinov3.store.arrays import sha256
+from nnunetv2_meddinov3.store.fingerprints import digests, first_of_equal
 from nnunetv2_meddinov3.store.index import build_index, read_records, read_skips
 from nnunetv2_meddinov3.store.reader import SliceStore
-from nnunetv2_meddinov3.store.writer import StoreWriter, read_record
+from nnunetv2_meddinov3.store.records import read_record
+from nnunetv2_meddinov3.store.writer import StoreWriter
 
 
 def merge(folders: Sequence[Path | str], target: Path | str) -> Path:
-    """Makes one store of several: the one that curating all their sources at once would give.
+    """Make one store of several: the one that curating all their sources at once would give.
 
-    Merging into a store that exists adds to it; a merge that was interrupted can be run again.
+    Merging into an existing store adds to it; a merge that was interrupted can be run again.
 
     Args:
-        folders: stores that were made with the same options; they are not changed.
-        target: a new folder, or a store with the same options.
+        folders: Stores that were made with the same options; they are not changed.
+        target: A new folder, or a store with the same options.
 
     Returns:
         The index of the merged store.
 
     Raises:
-        UserError: If a folder is no store, options differ, a source key stands for different
+        UserError: If a folder is not a store, options differ, a source key stands for different
             files, the target is one of the folders, or a source store is damaged.
     """
     stores, target = [Path(folder) for folder in folders], Path(target)
@@ -46,10 +50,10 @@ def merge(folders: Sequence[Path | str], target: Path | str) -> Path:
             continue
         array = path.parents[1] / layout.array_name(record.volume_id)
         frame = array.read_bytes() if array.is_file() else b""
-        if sha256(frame) != record.array_sha256:
+        if files.sha256(frame) != record.array_sha256:
             raise UserError(
                 f"the array {array} (from {record.source_key}) must be as it was written, but is "
-                f"missing or damaged: mend that store first, `meddinov3 store verify "
+                f"missing or damaged: repair that store first, `meddinov3 store verify "
                 f"{path.parents[1]}` says how."
             )
         writer.adopt(record, frame)
@@ -79,36 +83,149 @@ def _shared_options(stores: list[Path], target: Path) -> dict[str, Any]:
 
 
 def _choose_records(stores: list[Path]) -> dict[str, Path]:
-    """Source key to the record that stands for it, whatever the order of the stores.
+    """Return for each source key the record that stands for it, whatever the order of the stores.
 
     Raises:
         UserError: If a record is damaged, or a source key stands for different files.
     """
-    chosen: dict[str, tuple[bytes, Path, str]] = {}
+    chosen: dict[str, tuple[Path, str]] = {}
     for store in stores:
-        for record in read_records(store):
-            path = store / layout.RECORDS / layout.name_of(record.source_key)
-            one = (path.read_bytes(), path, record.source_sha256)
-            other = chosen.setdefault(record.source_key, one)
-            if other[2] != record.source_sha256:
+        for record in read_records(store, in_order=False):
+            key, sha256 = record.source_key, record.source_sha256
+            path = store / layout.RECORDS / layout.record_name(key)
+            other, other_sha256 = chosen.setdefault(key, (path, sha256))
+            if other_sha256 != sha256:
                 raise UserError(
-                    f"source {record.source_key} must be the same in all stores, but differs in "
-                    f"{other[1].parents[1]} and {store}: curate one of them from a folder of "
+                    f"source {key} must be the same in all stores, but differs in "
+                    f"{other.parents[1]} and {store}: curate one of them from a folder of "
                     "another name."
                 )
-            chosen[record.source_key] = min(one, other)
-    return {key: path for key, (_, path, _) in sorted(chosen.items())}
+            if other != path:
+                first = min(path, other, key=lambda each: (each.read_bytes(), each))
+                chosen[key] = first, sha256
+    return {key: path for key, (path, _) in sorted(chosen.items())}
+
+
+def split_by_patient(
+    folder: Path | str, fractions: dict[str, float], seed: int = 0
+) -> dict[str, list[int]]:
+    """Divide the rows of a store into named splits, and write them to ``splits.json``.
+
+    A patient is a (dataset, patient) pair. Patients that share a slice, because one volume is in
+    two datasets, go together. The same store, fractions and seed give the same splits.
+
+    Args:
+        folder: The store.
+        fractions: Name to share of the slices; shares are met as nearly as whole patients allow,
+            and no split stays empty.
+        seed: Another number gives other splits.
+
+    Returns:
+        For each name the numbers of its rows, ascending.
+
+    Raises:
+        UserError: If there is no store, its index is old, the fractions are not positive numbers
+            that sum to 1, or there are fewer patients than splits.
+    """
+    _check_fractions(fractions)
+    folder = Path(folder)
+    store = SliceStore(folder)
+    datasets, patients = (store.rows[name].to_pylist() for name in ("dataset", "patient"))
+    of_row = [_patient(*pair) for pair in zip(datasets, patients, strict=True)]
+    group_of_row = _groups_of_rows(folder, of_row)
+    split_of_group = _deal(group_of_row, fractions, seed, folder)
+    split_of_row = np.array([split_of_group[group] for group in group_of_row])
+    rows = {name: np.flatnonzero(split_of_row == name).tolist() for name in fractions}
+    values = {
+        "seed": seed,
+        "fractions": fractions,
+        "records_sha256": store.records_sha256,
+        "patients": {name: sorted({of_row[row] for row in rows[name]}) for name in fractions},
+        "rows": rows,
+    }
+    files.write_bytes(folder / layout.SPLITS, layout.sealed(values, "splits_sha256"))
+    return rows
+
+
+def _check_fractions(fractions: dict[str, float]) -> None:
+    usable = fractions and all(name and 0 < share <= 1 for name, share in fractions.items())
+    if not usable or not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
+        given = ", ".join(f"{name}={share:g}" for name, share in fractions.items()) or "none"
+        raise UserError(
+            f"splits must have positive fractions that sum to 1, got {given}: give for example "
+            "train=0.9 val=0.1."
+        )
+
+
+def _patient(dataset: str, patient: str) -> str:
+    return f"{dataset}/{patient}"
+
+
+def _groups_of_rows(folder: Path, of_row: list[str]) -> np.ndarray:
+    """Return the group of each row, given its patient."""
+    groups = _groups(folder)
+    if not groups.keys() >= set(of_row):
+        raise UserError(
+            f"the index of {folder} must list what its records hold, but it is older: run the "
+            "same `meddinov3 curate` again."
+        )
+    return np.array([groups[patient] for patient in of_row])
+
+
+def _groups(folder: Path) -> dict[str, str]:
+    """Return for each patient the first of the patients that equal slices tie together.
+
+    Constant slices tie nobody: all empty slices of one size are equal.
+    """
+    of_record, found = [], [np.empty((0, 2), np.uint64)]
+    for record in read_records(folder, in_order=False):
+        of_record.append(_patient(record.dataset, record.patient))
+        found.append(digests(s.sha256 for s in record.slices if s.hu_min != s.hu_max))
+    names, numbers = np.unique(np.array(of_record, dtype=str), return_inverse=True)
+    patients = np.repeat(numbers, [len(each) for each in found[1:]])
+    slices = first_of_equal(np.concatenate(found)) + len(names)
+    size = len(names) + len(slices)
+    graph = coo_array((np.ones(len(slices), bool), (patients, slices)), shape=(size, size))
+    _, components = connected_components(graph, directed=False)
+    first: dict[int, str] = {}
+    return {
+        str(name): first.setdefault(component, str(name))
+        for name, component in zip(names, components[: len(names)], strict=True)
+    }
+
+
+def _deal(
+    group_of_row: np.ndarray, fractions: dict[str, float], seed: int, folder: Path
+) -> dict[str, str]:
+    """Return the split of each group: drawn by hash, each goes where most is missing."""
+    groups, sizes = np.unique(group_of_row, return_counts=True)
+    if len(groups) < len(fractions):
+        raise UserError(
+            f"{folder} must hold at least as many unrelated patients as splits, but has "
+            f"{len(groups)} for {len(fractions)}: ask for fewer splits, or curate more patients."
+        )
+    drawn = sorted(
+        zip(groups.tolist(), sizes.tolist(), strict=True),
+        key=lambda each: hashlib.sha256(f"{seed}/{each[0]}".encode()).digest(),
+    )
+    dealt = dict.fromkeys(fractions, 0)
+    splits = {}
+    for group, size in drawn:
+        split = min(fractions, key=lambda n: (dealt[n] / fractions[n], -fractions[n], n))
+        dealt[split] += size
+        splits[group] = split
+    return splits
 
 
 def export_npy(folder: Path | str, target: Path | str) -> int:
-    """Writes each slice of a store as ``slice_<row>.npy`` (H, W) int16, and the index beside them.
+    """Write each slice of a store as ``slice_<row>.npy`` (H, W) int16, and the index beside them.
 
     ``index.parquet`` there is that of the store with the file names as its first column, ``npy``.
     The folder appears only when it is complete.
 
     Args:
-        folder: the store.
-        target: a folder that does not exist, or is empty.
+        folder: The store.
+        target: A folder that does not exist, or is empty.
 
     Returns:
         The number of slices.
@@ -117,22 +234,16 @@ def export_npy(folder: Path | str, target: Path | str) -> int:
         UserError: If there is no store, an array is damaged, or the target holds files or cannot
             be written.
     """
-    store, target = SliceStore(folder), Path(target).absolute()
+    store, target = SliceStore(folder), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} must not exist or be an empty folder: name another folder.")
-    beside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(parents=True)
+    with files.replacing(target) as part:
+        part.mkdir(parents=True)
         names = [f"slice_{number:07d}.npy" for number in range(len(store))]
         for number, name in enumerate(names):
-            np.save(beside / name, store[number][0])
+            np.save(part / name, store.image(number))
         rows = store.rows.add_column(0, "npy", pa.array(names, pa.string()))
-        pq.write_table(rows, beside / layout.INDEX, compression="zstd")
+        pq.write_table(rows, part / layout.INDEX, compression="zstd")
         if target.exists():
-            target.rmdir()
-        beside.replace(target)
-    except OSError as error:
-        raise layout.unwritable(target, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            target.rmdir()  # fails if somebody filled it meanwhile
     return len(store)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store import layout
-from nnunetv2_meddinov3.store.arrays import open_array, read_slice
+from nnunetv2_meddinov3.store.codec import open_array, read_slice
 from nnunetv2_meddinov3.store.index import METADATA
 
 _OPEN_ARRAYS = 64  # per thread; each holds a file descriptor, of which 1024 are usual
@@ -31,13 +31,14 @@ class SliceStore:
     arrays are memory-mapped: workers on one machine share them.
 
     Args:
-        path: folder of a store that has an index.
+        path: Folder of a store that has an index.
 
     Raises:
         UserError: If there is no store, no index, or one of another format.
 
     Examples:
         >>> store = SliceStore("ct-store")  # doctest: +SKIP
+        >>> image = store.image(0)  # doctest: +SKIP
         >>> image, record = store[0]  # doctest: +SKIP
         >>> image.dtype, record["dataset"], record["spacing_y"]  # doctest: +SKIP
         (dtype('int16'), 'Dataset001_Liver', 0.78)
@@ -48,17 +49,17 @@ class SliceStore:
         self.rows, about = _open_index(self.path)
         self.options: dict[str, Any] = about["options"]
         self.records_sha256: str = about["records_sha256"]
-        self._columns = _columns_of(self.rows)
+        self._columns = {name: self.rows[name] for name in self.rows.column_names}
         self._opened = _OpenArrays()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """One slice and its row of the index.
+        """Return one slice and its row of the index.
 
         Args:
-            index: number of the row; negative ones count from the end.
+            index: Number of the row; negative ones count from the end.
 
         Returns:
             (H, W) int16, a copy of its own; the row by column name, None where unknown.
@@ -67,24 +68,46 @@ class SliceStore:
             IndexError: If there is no such row.
             UserError: If the array is missing or damaged.
         """
+        number = self._number(index)
+        record = {name: column[number].as_py() for name, column in self._columns.items()}
+        return self._read(number, record["file"], record["slice"]), record
+
+    def image(self, index: int) -> np.ndarray:
+        """Return one slice alone: like ``store[index][0]``, but its row is not made.
+
+        Args:
+            index: Number of the row; negative ones count from the end.
+
+        Returns:
+            (H, W) int16, a copy of its own.
+
+        Raises:
+            IndexError: If there is no such row.
+            UserError: If the array is missing or damaged.
+        """
+        number = self._number(index)
+        return self._read(number, self._value("file", number), self._value("slice", number))
+
+    def _value(self, column: str, number: int) -> Any:
+        return self._columns[column][number].as_py()
+
+    def _number(self, index: int) -> int:
         number = operator.index(index)
         if not -len(self) <= number < len(self):
             raise IndexError(
                 f"index must lie in -{len(self)}..{len(self) - 1} for a store of {len(self)} "
                 f"slices, got {number}."
             )
-        number %= len(self)
-        record = {name: column[number].as_py() for name, column in self._columns}
-        return self._read(record), record
+        return number % len(self)
 
-    def _read(self, record: dict[str, Any]) -> np.ndarray:
+    def _read(self, number: int, file: str, place: int) -> np.ndarray:
         try:
-            return read_slice(self._opened.get(self.path / record["file"]), record["slice"])
+            return read_slice(self._opened.get(self.path / file), place)
         except Exception as error:  # the decompressor raises whatever damaged bytes lead it to
             raise UserError(
-                f"slice {record['slice']} of {self.path / record['file']} (from "
-                f"{record['source_key']}) cannot be read ({error}): `meddinov3 store verify "
-                f"{self.path}` finds what is damaged."
+                f"slice {place} of {self.path / file} (from {self._value('source_key', number)}) "
+                f"cannot be read ({error}): `meddinov3 store verify {self.path}` finds what is "
+                "damaged."
             ) from error
 
     def __reduce__(self) -> tuple[type[SliceStore], tuple[Path]]:
@@ -113,15 +136,8 @@ class _OpenArrays(threading.local):
         return self.arrays[path]
 
 
-def _columns_of(rows: pa.Table) -> list[tuple[str, pa.Array]]:
-    """Each column in one piece, in which a row is found without a search."""
-    if len(rows) == 0:
-        return []
-    return [(name, rows[name].chunk(0)) for name in rows.column_names]
-
-
 def _open_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows, memory-mapped where the mapped copy belongs to the index, and what is said of them.
+    """Open the rows, memory-mapped where the mapped copy belongs to the index, and their metadata.
 
     Raises:
         UserError: If there is no store, no index, or one that cannot be read.
@@ -130,8 +146,8 @@ def _open_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     path = folder / layout.INDEX
     if not path.is_file():
         raise UserError(
-            f"{folder} must have an index ({layout.INDEX}), but curating it has not come to its "
-            "end: run the same `meddinov3 curate` again, it goes on where it stopped."
+            f"{folder} must have an index ({layout.INDEX}), but curating it has not finished: run "
+            "the same `meddinov3 curate` again, it goes on where it stopped."
         )
     try:
         about = _about(pq.read_schema(path, memory_map=True))
@@ -153,7 +169,7 @@ def _about(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _open_mapped(path: Path, about: dict[str, Any]) -> pa.Table | None:
-    """The mapped copy of the index, None where it is missing, damaged or of another index."""
+    """Map the copy of the index; None where it is missing, damaged or of another index."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         return reader.read_all() if _about(reader.schema) == about else None

@@ -1,12 +1,15 @@
-"""What a store knows of a volume and its slices, and the numbers by which it names them."""
+"""What a store knows of a volume and its slices, and the names it gives them."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nnunetv2_meddinov3.store import layout
 
 
 @dataclass(frozen=True)
@@ -14,18 +17,18 @@ class SliceRecord:
     """One slice of a stored array.
 
     Attributes:
-        index: place in the stored array.
-        z: place in the volume the slice was taken from, counted from the caudal end.
-        position_mm: position along z in mm, None where unknown.
-        sha256: of the int16 little-endian values as stored, row by row.
-        phash: perceptual hash, 16 hexadecimal digits.
-        body_fraction: share of pixels inside the body.
-        saturated_fraction: share of pixels at the end of the scanner's range.
-        padding_fraction: share of pixels outside the field of view.
-        hu_min: smallest stored value (HU for CT).
-        hu_max: largest stored value.
-        hu_mean: mean of the stored values.
-        flags: what a reader may want to leave out, such as ``"near_excluded"``.
+        index: Place in the stored array.
+        z: Place in the volume the slice was taken from, counted from the caudal end.
+        position_mm: Position along z in mm, None where unknown.
+        sha256: Of the int16 little-endian values as stored, row by row.
+        phash: Perceptual hash, 16 hexadecimal digits.
+        body_fraction: Share of pixels inside the body.
+        saturated_fraction: Share of pixels at the end of the scanner's range.
+        padding_fraction: Share of pixels outside the field of view.
+        hu_min: Smallest stored value (HU for CT).
+        hu_max: Largest stored value.
+        hu_mean: Mean of the stored values.
+        flags: What a reader may want to leave out, such as ``"near_excluded"``.
     """
 
     index: int
@@ -47,23 +50,23 @@ class VolumeRecord:
     """One source that entered a store.
 
     Attributes:
-        source_key: the source's stable name; a store holds one record per source key.
-        source_sha256: hash of the source's files.
-        dataset: dataset the source belongs to.
-        patient: patient or case within the dataset.
+        source_key: The source's stable name; a store holds one record per source key.
+        source_sha256: Hash of the source's files.
+        dataset: Dataset the source belongs to.
+        patient: Patient or case within the dataset.
         modality: ``"CT"``, ``"MR"`` or ``"unknown"``.
         windowed: True where the values are 8-bit grey levels and not HU.
         spacing_mm: (z, y, x) of the stored array in mm, None where unknown.
-        orientation: axes of the source before it was brought to LPS.
+        orientation: Axes of the source before it was brought to LPS.
         shape: (S, H, W) of the stored array.
-        slices: one record for each slice of the array, in its order.
+        slices: One record for each slice of the array, in its order.
         left_out: (z, reason) of the slices that did not enter.
-        intensity: what the values mean where they are not HU, None for CT in HU.
-        notes: remarks of reading.
-        versions: name to version of the tools that made the array.
-        volume_id: name of the array, see ``volume_identity``; filled in by the writer.
-        array_sha256: hash of the compressed array file; filled in by the writer.
-        array_bytes: size of that file; filled in by the writer.
+        intensity: What the values mean where they are not HU, None for CT in HU.
+        notes: Remarks of reading.
+        versions: Name to version of the tools that made the array.
+        volume_id: Name of the array, see ``volume_identity``; filled in by the writer.
+        array_sha256: Hash of the compressed array file; filled in by the writer.
+        array_bytes: Size of that file; filled in by the writer.
     """
 
     source_key: str
@@ -85,12 +88,12 @@ class VolumeRecord:
     array_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON can hold it."""
+        """Return the record as JSON can hold it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VolumeRecord:
-        """The inverse of ``to_dict``, also after a trip through JSON."""
+        """Return the record of ``to_dict``'s values, also after a trip through JSON."""
         spacing = values["spacing_mm"]
         return cls(
             **{
@@ -104,8 +107,18 @@ class VolumeRecord:
         )
 
 
+def read_record(path: Path) -> VolumeRecord:
+    """Read one record.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        Damaged: If it is not what was written.
+    """
+    return VolumeRecord.from_dict(layout.unsealed(path.read_bytes(), "record_sha256"))
+
+
 def volume_identity(slices: np.ndarray) -> str:
-    """The name of an array: 32 hexadecimal digits from its int16 values and its shape.
+    """Return the name of an array: 32 hexadecimal digits from its int16 values and its shape.
 
     Equal arrays have equal names, so copies of a volume share one array file.
 
@@ -113,5 +126,5 @@ def volume_identity(slices: np.ndarray) -> str:
         slices: (S, H, W) int16.
     """
     digest = hashlib.sha256("x".join(map(str, slices.shape)).encode())
-    digest.update(np.ascontiguousarray(slices, dtype="<i2"))
+    digest.update(np.ascontiguousarray(slices, dtype="<i2").data)
     return digest.hexdigest()[:32]

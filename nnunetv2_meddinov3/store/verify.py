@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3 import files
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store import layout
-from nnunetv2_meddinov3.store.arrays import open_array
-from nnunetv2_meddinov3.store.fingerprints import slice_sha256, source_sha256
-from nnunetv2_meddinov3.store.index import derive
-from nnunetv2_meddinov3.store.records import VolumeRecord
-from nnunetv2_meddinov3.store.writer import read_record
+from nnunetv2_meddinov3.store.codec import open_array
+from nnunetv2_meddinov3.store.fingerprints import slice_sha256
+from nnunetv2_meddinov3.store.index import read_catalogue, read_records
+from nnunetv2_meddinov3.store.records import VolumeRecord, read_record
 
+_VOLUMES_PER_LINE = 100  # of progress, where it is not a bar
 _AGAIN = "run the same `meddinov3 curate` again"
 
 
-def verify(folder: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """What is wrong with a store, one sentence each; an empty list if nothing is.
+def verify(folder: Path | str, stream: TextIO | None = None) -> list[str]:
+    """Return what is wrong with a store, one sentence each; an empty list if nothing is.
 
     All files are read and compared with their checksums, all slices with those of their records,
     the index and the manifest with all records, and files that belong to nothing are named.
 
     Args:
-        folder: the store; nothing in it is changed.
-        progress: told the number of volumes checked and of all volumes.
+        folder: The store; nothing in it is changed.
+        stream: Where to write how many volumes are checked, None for nowhere.
 
     Raises:
         UserError: If there is no store.
@@ -41,7 +43,7 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] | None = Non
     except UserError as error:
         found.append(str(error))
     manifest, about_manifest = _manifest(folder)
-    volumes, about_records, about_arrays = _records(folder, manifest, progress)
+    volumes, about_records, about_arrays = _records(folder, manifest, stream)
     about_skips = list(_skips(folder))
     found += about_manifest + about_records + about_arrays + about_skips
     if not about_records and not about_skips and options is not None:
@@ -51,10 +53,10 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] | None = Non
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The manifest, empty where it is missing or damaged, and sentences."""
+    """Return the manifest, empty where it is missing or damaged, and sentences about it."""
     path = folder / layout.MANIFEST
     if not path.is_file():
-        return {}, [f"{path} is missing, so curating has not come to its end: {_AGAIN}."]
+        return {}, [f"{path} is missing, so curating has not finished: {_AGAIN}."]
     try:
         return layout.unsealed(path.read_bytes(), "manifest_sha256"), []
     except layout.Damaged as error:
@@ -62,21 +64,23 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _records(
-    folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None] | None
+    folder: Path, manifest: dict[str, Any], stream: TextIO | None
 ) -> tuple[set[str], list[str], list[str]]:
-    """Ids of the volumes that intact records name, sentences about records, and about arrays."""
-    expected = {layout.name_of(s["source_key"]): s for s in manifest.get("sources", [])}
+    """Return the volumes that intact records name, sentences about records, and about arrays."""
+    expected = {layout.record_name(s["source_key"]): s for s in manifest.get("sources", [])}
     present = {path.name for path in (folder / layout.RECORDS).glob("*.json")}
     volumes: set[str] = set()
-    about_records, about_arrays = [], []
+    about_records: list[str] = []
+    about_arrays: list[str] = []
     names = sorted(present | set(expected))
-    for number, name in enumerate(names, start=1):
+    progress = Progress(len(names), "volumes", every=_VOLUMES_PER_LINE, stream=stream)
+    for name in names:
         path = folder / layout.RECORDS / name
         source = expected.get(name)
         whose = "" if source is None else _whose(source["volume_id"], source["source_key"])
         try:
             record = read_record(path)
-            if layout.name_of(record.source_key) != name:
+            if layout.record_name(record.source_key) != name:
                 raise layout.Damaged(f"is that of another source, {record.source_key}")
             volumes.add(record.volume_id)
             about_arrays += _array(folder, record)
@@ -84,8 +88,8 @@ def _records(
             about_records.append(f"the record {path}{whose} is missing: {_AGAIN}.")
         except layout.Damaged as error:
             about_records.append(f"the record {path}{whose} {error}: delete it and {_AGAIN}.")
-        if progress is not None:
-            progress(number, len(names))
+        progress.advance()
+    progress.close()
     return volumes, about_records, about_arrays
 
 
@@ -94,31 +98,31 @@ def _whose(volume_id: str, source_key: str) -> str:
 
 
 def _array(folder: Path, record: VolumeRecord) -> Iterator[str]:
-    """Sentences about the array of one record."""
+    """Yield sentences about the array of one record."""
     path = folder / layout.array_name(record.volume_id)
     whose = _whose(record.volume_id, record.source_key)
-    mend = f"delete it and {_AGAIN}"
+    fix = f"delete it and {_AGAIN}"
     if not path.is_file():
         yield f"the array {path}{whose} is missing: {_AGAIN}."
         return
     size = path.stat().st_size
     if size != record.array_bytes:
-        yield f"the array {path}{whose} has {size} bytes, not {record.array_bytes}: {mend}."
+        yield f"the array {path}{whose} has {size} bytes, not {record.array_bytes}: {fix}."
         return
     try:
         # Only what is known to be whole is decompressed: damaged sizes could ask for any memory.
-        if source_sha256([str(path)]) != record.array_sha256:
-            yield f"the array {path}{whose} is not what was written (checksum differs): {mend}."
+        if files.file_sha256(path) != record.array_sha256:
+            yield f"the array {path}{whose} is not what was written (checksum differs): {fix}."
             return
         array = open_array(path)
         wrong = [each.index for each in record.slices if _differs(array[each.index], each.sha256)]
     except OSError as error:
-        yield f"the array {path}{whose} cannot be read ({error.strerror or error}): {mend}."
+        yield f"the array {path}{whose} cannot be read ({first_line(error)}): {fix}."
         return
     if wrong:
         yield (
             f"the array {path}{whose} does not hold the slices of its record (first at "
-            f"{wrong[0]}): {mend}."
+            f"{wrong[0]}): {fix}."
         )
 
 
@@ -127,7 +131,7 @@ def _differs(image: Any, sha256: str) -> bool:
 
 
 def _skips(folder: Path) -> Iterator[str]:
-    """Sentences about the notes on sources that did not enter."""
+    """Yield sentences about the notes on sources that did not enter."""
     for path in sorted((folder / layout.SKIPPED).glob("*.json")):
         try:
             layout.unsealed(path.read_bytes(), "skip_sha256")
@@ -136,14 +140,15 @@ def _skips(folder: Path) -> Iterator[str]:
 
 
 def _index(folder: Path, manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
-    """Sentences about the index; the records are intact."""
+    """Yield sentences about the index; the records are intact."""
     for name, sha256 in manifest.get("index_sha256", {}).items():
         path = folder / name
         if not path.is_file():
             yield f"the index {path} is missing: {_AGAIN}, which builds it anew."
-        elif source_sha256([str(path)]) != sha256:
+        elif files.file_sha256(path) != sha256:
             yield f"the index {path} is not what was written (checksum differs): {_AGAIN}."
-    now = derive(folder, options).records_sha256
+    catalogue = read_catalogue(folder, options, read_records(folder, in_order=False))
+    now = catalogue.about["records_sha256"]
     if manifest and now != manifest["records_sha256"]:
         yield (
             f"the index of {folder} does not list what its records hold, since curating was "
@@ -151,31 +156,31 @@ def _index(folder: Path, manifest: dict[str, Any], options: dict[str, Any]) -> I
         )
     splits = folder / layout.SPLITS
     if splits.is_file():
-        mend = "delete it, or split again with `meddinov3 store split`"
+        fix = "delete it, or split again with `meddinov3 store split`"
         try:
             if layout.unsealed(splits.read_bytes(), "splits_sha256")["records_sha256"] != now:
-                yield f"{splits} is of an older index, whose rows had other numbers: {mend}."
+                yield f"{splits} is of an older index, whose rows had other numbers: {fix}."
         except layout.Damaged as error:
-            yield f"{splits} {error}: {mend}."
+            yield f"{splits} {error}: {fix}."
 
 
 def _strays(folder: Path, volumes: set[str]) -> Iterator[str]:
-    """Sentences about files that belong to nothing; hidden files are the system's."""
+    """Yield sentences about files that belong to nothing; hidden files are the system's."""
     named = {layout.array_name(volume) for volume in volumes} | layout.FILES
-    for place, _, files in os.walk(folder):
-        for name in files:
+    for place, _, names in os.walk(folder):
+        for name in names:
             path = Path(place, name)
             relative = path.relative_to(folder).as_posix()
             if name.startswith(".") or relative in named or _is_json(path, folder):
                 continue
             if not name.endswith(".part"):
                 yield f"{path} belongs to no record: delete it, or {_AGAIN} if one was interrupted."
-            elif layout.is_leftover(path):
+            elif files.is_leftover(path):
                 yield f"{path} was left by an interrupted writer: {_AGAIN}, which deletes it."
 
 
 def _is_json(path: Path, folder: Path) -> bool:
-    """A record or a skip, which were looked at already."""
+    """Return whether it is a record or a skip, which were checked already."""
     return path.suffix == ".json" and path.parent in (
         folder / layout.RECORDS,
         folder / layout.SKIPPED,

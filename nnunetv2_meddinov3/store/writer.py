@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.store import arrays, layout
-from nnunetv2_meddinov3.store.records import VolumeRecord, volume_identity
+from nnunetv2_meddinov3 import files
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.store import codec, layout
+from nnunetv2_meddinov3.store.records import VolumeRecord, read_record, volume_identity
 
 
 class StoreWriter:
     """Adds volumes to a store; any number of processes may do so at once.
 
-    A volume has entered once its record is there, which is written after its array, so a writer
-    may be killed at any moment: the store is then as if the volume had never been begun.
+    A volume has entered once its record exists, which is written after its array, so a writer may
+    be killed at any moment: the store is then as if the volume had never been started.
 
     Args:
-        folder: the store; made where it does not exist.
-        options: what the slices depend on, as JSON can hold it; a store has one set of options.
+        folder: The store; made where it does not exist.
+        options: What the slices depend on, as JSON can hold it; a store has one set of options.
 
     Raises:
         UserError: If the folder cannot be written, holds something else, or was made with other
@@ -34,9 +35,10 @@ class StoreWriter:
         self.folder = Path(folder)
         self.options = json.loads(json.dumps(options))
         _make_folders(self.folder)
-        layout.sweep_leftovers(self.folder)
+        for place in (self.folder, *(self.folder / name for name in layout.FOLDERS)):
+            files.sweep_leftovers(place)
         data = layout.sealed({"format": layout.FORMAT, "options": self.options}, "store_sha256")
-        layout.write_atomically(self.folder / layout.STORE, data, keep_existing=True)
+        files.write_bytes(self.folder / layout.STORE, data, keep_existing=True)
         made_with = layout.read_options(self.folder)
         if made_with != self.options:
             raise UserError(
@@ -46,8 +48,8 @@ class StoreWriter:
             )
 
     def has(self, source_key: str, source_sha256: str) -> bool:
-        """Whether a source has entered as it is now, with its array in place."""
-        path = self.folder / layout.RECORDS / layout.name_of(source_key)
+        """Return whether a source has entered as it is now, with its array in place."""
+        path = self.folder / layout.RECORDS / layout.record_name(source_key)
         try:
             record = read_record(path)
             size = (self.folder / layout.array_name(record.volume_id)).stat().st_size
@@ -56,10 +58,10 @@ class StoreWriter:
         return record.source_sha256 == source_sha256 and size == record.array_bytes
 
     def write_volume(self, record: VolumeRecord, slices: np.ndarray) -> VolumeRecord:
-        """Stores the slices of one source and returns its record, completed.
+        """Store the slices of one source and return its completed record.
 
         Args:
-            record: what is known of the source; names and sizes of the array are filled in.
+            record: What is known of the source; name, hash and size of the array are filled in.
             slices: (S, H, W) int16, at least one slice.
 
         Raises:
@@ -78,39 +80,39 @@ class StoreWriter:
                 f"their shape {slices.shape}, got {len(indices)} and shape {record.shape}."
             )
         named = replace(record, volume_id=volume_identity(slices))
-        return self.adopt(named, arrays.encode(slices))
+        return self.adopt(named, codec.encode(slices))
 
     def adopt(self, record: VolumeRecord, frame: bytes) -> VolumeRecord:
-        """Stores an array that is compressed already.
+        """Store an array that is compressed already, and return its completed record.
 
         Args:
-            record: has the ``volume_id`` of the array.
-            frame: the bytes of the array file.
+            record: Has the ``volume_id`` of the array.
+            frame: The bytes of the array file.
 
         Raises:
             UserError: If a file cannot be written.
         """
         frame = self._place(record.volume_id, frame)
-        record = replace(record, array_sha256=arrays.sha256(frame), array_bytes=len(frame))
-        name = layout.name_of(record.source_key)
-        layout.write_atomically(
+        record = replace(record, array_sha256=files.sha256(frame), array_bytes=len(frame))
+        name = layout.record_name(record.source_key)
+        files.write_bytes(
             self.folder / layout.RECORDS / name, layout.sealed(record.to_dict(), "record_sha256")
         )
         (self.folder / layout.SKIPPED / name).unlink(missing_ok=True)
         return record
 
     def write_skip(self, source_key: str, reason: str) -> None:
-        """Notes why a source did not enter; an earlier record of it stays, and outranks this.
+        """Note why a source did not enter; an earlier record of it stays, and outranks this.
 
         Raises:
             UserError: If the file cannot be written.
         """
         values = {"source_key": source_key, "reason": reason}
-        path = self.folder / layout.SKIPPED / layout.name_of(source_key)
-        layout.write_atomically(path, layout.sealed(values, "skip_sha256"))
+        path = self.folder / layout.SKIPPED / layout.record_name(source_key)
+        files.write_bytes(path, layout.sealed(values, "skip_sha256"))
 
     def _place(self, volume_id: str, frame: bytes) -> bytes:
-        """Writes an array unless it is there; returns the bytes that are there afterwards.
+        """Write an array unless it exists, and return the bytes of the file.
 
         An array that another version of the compressor made is kept, since the records of other
         sources have its checksum.
@@ -121,23 +123,13 @@ class StoreWriter:
             return frame
         if present and _decodes_to(present, volume_id):
             return present
-        layout.write_atomically(path, frame)
+        files.write_bytes(path, frame)
         return frame
-
-
-def read_record(path: Path) -> VolumeRecord:
-    """One record.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        Damaged: If it is not what was written.
-    """
-    return VolumeRecord.from_dict(layout.unsealed(path.read_bytes(), "record_sha256"))
 
 
 def _decodes_to(frame: bytes, volume_id: str) -> bool:
     try:
-        return volume_identity(arrays.decode(frame)) == volume_id
+        return volume_identity(codec.decode(frame)) == volume_id
     except Exception:  # the decompressor raises whatever damaged bytes lead it to
         return False
 
@@ -158,16 +150,16 @@ def _make_folders(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"the store {folder} must be a folder that can be written, but: "
-            f"{error.strerror or error}; give another folder, or change its permissions."
+            f"{first_line(error)}; give another folder, or change its permissions."
         ) from error
 
 
 def _may_precede(name: str) -> bool:
-    """What a writer killed while it made the store may have left, and files of the system."""
+    """Return whether a writer killed while making the store, or the system, may have left it."""
     return name in layout.FOLDERS or name.startswith((".", layout.STORE))
 
 
 def _differences(made_with: dict[str, Any], given: dict[str, Any]) -> str:
-    """How two sets of options differ, for a sentence."""
+    """Return how two sets of options differ, for a sentence."""
     names = sorted(n for n in {*made_with, *given} if made_with.get(n) != given.get(n))
     return ", ".join(f"{n} was {made_with.get(n)!r} and is now {given.get(n)!r}" for n in names)

@@ -111,7 +111,7 @@ def test_a_damaged_slice_is_one_sentence(ct_store, small_stage, tmp_path, worker
 def test_a_part_of_a_split_store_is_read_alone(ct_store, small_stage, tmp_path):
     import shutil
 
-    from nnunetv2_meddinov3.store.splitting import split_by_patient
+    from nnunetv2_meddinov3.store.manage import split_by_patient
 
     store = tmp_path / "store"
     shutil.copytree(ct_store, store)

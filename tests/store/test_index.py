@@ -1,8 +1,12 @@
 import itertools
 import json
 import threading
+import tracemalloc
+import weakref
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -118,16 +122,20 @@ def test_an_older_view_of_the_records_never_replaces_a_newer_index(stores, tmp_p
     folder = tmp_path / "s"
     writer = StoreWriter(folder, stores.options)
     writer.write_volume(*stores.volume(0))
-    derive, first_has_read, go_on = index.derive, threading.Event(), threading.Event()
+    read_catalogue, first_has_read, go_on = (
+        index.read_catalogue,
+        threading.Event(),
+        threading.Event(),
+    )
 
     def slow_at_first(*arguments):
-        built = derive(*arguments)
+        built = read_catalogue(*arguments)
         if not first_has_read.is_set():
             first_has_read.set()
             go_on.wait(10)
         return built
 
-    monkeypatch.setattr(index, "derive", slow_at_first)
+    monkeypatch.setattr(index, "read_catalogue", slow_at_first)
     first = threading.Thread(target=build_index, args=(folder,))
     second = threading.Thread(target=build_index, args=(folder,))
     first.start()
@@ -140,6 +148,80 @@ def test_an_older_view_of_the_records_never_replaces_a_newer_index(stores, tmp_p
     second.join()
     assert len(SliceStore(folder)) == 8
     assert verify(folder) == []
+
+
+def _long_records(stores, folder, volumes, slices=1000):
+    """A store of records alone, which an index is built from without looking at arrays."""
+    writer = StoreWriter(folder, stores.options)
+    for number in range(volumes):
+        record = stores.record(f"Set0/case{number}", stores.slices(number, (slices, 2, 2)))
+        record = replace(record, volume_id=f"{number:032x}")
+        path = writer.folder / layout.RECORDS / layout.record_name(record.source_key)
+        path.write_bytes(layout.sealed(record.to_dict(), "record_sha256"))
+
+
+def _peaks_of_building(folder):
+    """Bytes at most in use by Python and NumPy, and by Arrow, beyond what was in use before."""
+    default = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(default)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        build_index(folder)
+        return tracemalloc.get_traced_memory()[1], pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(default)
+
+
+def test_memory_does_not_grow_with_the_rows_of_an_index(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "_ROWS_PER_BATCH", 1000)
+    few, many = 3, 24
+    _long_records(stores, tmp_path / "few", few)
+    _long_records(stores, tmp_path / "many", many)
+    build_index(tmp_path / "few")  # what is imported or cached once belongs to neither
+    peaks = [_peaks_of_building(tmp_path / name) for name in ("few", "many")]
+    assert pq.read_metadata(tmp_path / "many" / layout.INDEX).num_rows == many * 1000
+    # What is kept of a row are 16 bytes of hash and a bit; finding equal ones takes some more.
+    more_rows = (many - few) * 1000
+    assert peaks[1][0] - peaks[0][0] < 50 * more_rows
+    assert peaks[1][1] < 1.2 * peaks[0][1]
+
+
+def test_records_are_read_once_each_and_let_go(stores, tmp_path, monkeypatch):
+    _long_records(stores, tmp_path / "s", volumes=8, slices=4)
+    read, paths, records, alive = index.read_record, [], [], []
+
+    def watched(path):
+        record = read(path)
+        paths.append(path)
+        records.append(weakref.ref(record))
+        alive.append(sum(each() is not None for each in records))
+        return record
+
+    monkeypatch.setattr(index, "read_record", watched)
+    build_index(tmp_path / "s")
+    assert sorted(paths) == sorted((tmp_path / "s" / layout.RECORDS).iterdir())
+    assert max(alive) <= 2
+
+
+def test_building_an_index_leaves_no_other_file(stores, store):
+    assert {path.name for path in store.iterdir()} == {
+        *(layout.FILES - {layout.SPLITS, layout.REPORT}),
+        *layout.FOLDERS,
+    }
+
+
+def test_a_disk_that_fills_up_while_rows_pass_is_a_sentence(stores, store, monkeypatch):
+    before = stores.contents(store)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index.tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"must be writable, but: No space left on device"):
+        build_index(store)
+    assert stores.contents(store) == before
 
 
 def test_a_damaged_record_stops_the_index_and_is_named(stores, store):

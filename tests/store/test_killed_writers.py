@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.store import arrays, layout
+from nnunetv2_meddinov3.store import codec, layout
 from nnunetv2_meddinov3.store.index import build_index, read_records
 from nnunetv2_meddinov3.store.reader import SliceStore
 from nnunetv2_meddinov3.store.verify import verify
@@ -49,11 +49,8 @@ class _SlowFile:
             self.file.flush()
             time.sleep(0.003)
 
-    def flush(self):
-        self.file.flush()
-
-    def fileno(self):
-        return self.file.fileno()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 def _add_slowly(folder, numbers, stores):
@@ -102,7 +99,7 @@ def test_a_writer_killed_at_twenty_moments_leaves_a_store_that_another_run_compl
         if (folder / layout.STORE).is_file():
             assert [s for s in verify(folder) if "not what" in s or "bytes, not" in s] == []
             for record in read_records(folder):
-                array = arrays.open_array(folder / layout.array_name(record.volume_id))
+                array = codec.open_array(folder / layout.array_name(record.volume_id))
                 np.testing.assert_array_equal(array[:], stores.slices(_number(record), SHAPE))
         if (folder / layout.INDEX).is_file():
             assert all(SliceStore(folder)[i][1]["sha256"] for i in range(len(SliceStore(folder))))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.store import arrays, layout
+from nnunetv2_meddinov3 import files
+from nnunetv2_meddinov3.store import codec, layout
 from nnunetv2_meddinov3.store.index import build_index
 from nnunetv2_meddinov3.store.verify import verify
 from nnunetv2_meddinov3.store.writer import StoreWriter
@@ -29,9 +30,9 @@ def test_only_the_leftovers_of_processes_that_ended_are_swept(stores, store):
         os.utime(path, (time.time() - age_s,) * 2)
         return path
 
-    gone = [part(layout._HOST, _ended_process()), part("elsewhere", 1, 25 * 3600)]
-    gone += [part(layout._HOST, os.getpid())]  # of an earlier process with our number
-    kept = [part(layout._HOST, os.getppid()), part("elsewhere", 2, 3600)]
+    gone = [part(files._HOST, _ended_process()), part("elsewhere", 1, 25 * 3600)]
+    gone += [part(files._HOST, os.getpid())]  # of an earlier process with our number
+    kept = [part(files._HOST, os.getppid()), part("elsewhere", 2, 3600)]
     StoreWriter(store, stores.options)
     assert [path.exists() for path in gone] == [False, False, False]
     assert [path.exists() for path in kept] == [True, True]
@@ -41,11 +42,11 @@ def test_the_file_being_written_is_not_swept(stores, store, monkeypatch):
     sync, seen = os.fsync, []
 
     def sweeping(descriptor):
-        layout.sweep_leftovers(store)
+        StoreWriter(store, stores.options)
         seen.extend(store.rglob("*.part"))
         sync(descriptor)
 
-    monkeypatch.setattr(layout.os, "fsync", sweeping)
+    monkeypatch.setattr(files.os, "fsync", sweeping)
     StoreWriter(store, stores.options).write_volume(*stores.volume(8))
     assert len(seen) == 2
     build_index(store)
@@ -72,13 +73,13 @@ def test_the_first_of_two_makers_of_a_store_decides_its_options(stores, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "hardlink_to", late)
-        layout.write_atomically(path, b"second", keep_existing=True)
+        files.write_bytes(path, b"second", keep_existing=True)
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == [layout.STORE]
 
 
 def test_each_slice_is_one_chunk_and_one_block(stores, store):
-    array = arrays.open_array(next((store / layout.VOLUMES).iterdir()))
+    array = codec.open_array(next((store / layout.VOLUMES).iterdir()))
     assert (array.shape, array.chunks, array.blocks) == ((4, 24, 20), (1, 24, 20), (1, 24, 20))
     assert array.dtype == np.int16
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.store import index as index_module
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store import reader as store_module
 from nnunetv2_meddinov3.store.reader import SliceStore
@@ -26,6 +27,49 @@ def test_any_slice_read_at_random_is_what_was_written(stores, store):
         assert image.dtype == np.int16
         np.testing.assert_array_equal(image, expected[record["source_key"]][record["slice"]])
     assert {reader[i][1]["source_key"] for i in range(20)} == set(expected)
+
+
+class _Watched(dict):
+    """Columns that note which of them are read."""
+
+    def __init__(self, columns):
+        super().__init__(columns)
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def items(self):
+        self.read.update(self)
+        return super().items()
+
+
+def test_a_slice_alone_is_read_without_making_its_row(store):
+    reader = SliceStore(store)
+    reader._columns = _Watched(reader._columns)
+    for index in (0, 7, 19, -1, -20):
+        image = reader.image(index)
+        assert reader._columns.read == {"file", "slice"}
+        assert image.dtype == np.int16
+        np.testing.assert_array_equal(image, SliceStore(store)[index][0])
+    _, record = reader[0]
+    assert reader._columns.read == set(record) == set(reader.rows.column_names)
+
+
+def test_an_index_of_several_batches_is_read_like_one_of_one(stores, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_ROWS_PER_BATCH", 5)
+    copy = stores.write(tmp_path / "copy", [stores.volume(n) for n in range(5)])
+    expected, batched = SliceStore(store), SliceStore(copy)
+    assert batched.rows["z"].num_chunks == 3  # of two volumes, two and one
+    assert expected.rows["z"].num_chunks == 1
+    assert batched.rows.to_pylist() == expected.rows.to_pylist()
+    for index in (0, 9, 15, 19, -20):
+        assert batched[index][1] == expected[index][1]
+        np.testing.assert_array_equal(batched.image(index), expected.image(index))
+    (copy / layout.MAPPED_INDEX).unlink()
+    assert SliceStore(copy).rows.to_pylist() == expected.rows.to_pylist()
+    assert SliceStore(copy).records_sha256 == expected.records_sha256
 
 
 def test_a_row_says_what_the_record_of_its_volume_says(stores, tmp_path):
@@ -56,8 +100,9 @@ def test_numbers_count_from_the_end_and_end_there(store):
     assert reader[-1][1] == reader[19][1]
     assert reader[-20][1] == reader[0][1]
     for number in (20, -21, 10**12):
-        with pytest.raises(IndexError, match=rf"-20\.\.19 .* got {number}"):
-            reader[number]
+        for read in (reader.__getitem__, reader.image):
+            with pytest.raises(IndexError, match=rf"-20\.\.19 .* got {number}"):
+                read(number)
     with pytest.raises(TypeError):
         reader["0"]
 
@@ -244,8 +289,9 @@ def test_a_damaged_array_is_a_sentence_that_names_it(store, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError) as caught:
-        reader[5]
-    assert row["volume_id"] in str(caught.value)
-    assert row["source_key"] in str(caught.value)
-    assert "meddinov3 store verify" in str(caught.value)
+    for read in (reader.__getitem__, reader.image):
+        with pytest.raises(UserError) as caught:
+            read(5)
+        assert row["volume_id"] in str(caught.value)
+        assert row["source_key"] in str(caught.value)
+        assert "meddinov3 store verify" in str(caught.value)

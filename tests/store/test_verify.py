@@ -1,13 +1,16 @@
+import io
 import os
 import shutil
 
 import numpy as np
 import pytest
 
+from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.store import arrays, layout
+from nnunetv2_meddinov3.store import codec, layout
+from nnunetv2_meddinov3.store import verify as verify_module
 from nnunetv2_meddinov3.store.index import build_index, read_records
-from nnunetv2_meddinov3.store.splitting import split_by_patient
+from nnunetv2_meddinov3.store.manage import split_by_patient
 from nnunetv2_meddinov3.store.verify import verify
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
@@ -23,7 +26,7 @@ def one_record(store):
 
 
 def record_path(store, record):
-    return store / layout.RECORDS / layout.name_of(record.source_key)
+    return store / layout.RECORDS / layout.record_name(record.source_key)
 
 
 def only(sentences):
@@ -117,11 +120,11 @@ def test_missing_parts_of_the_index_are_named(store):
 
 def test_an_array_that_is_not_the_one_of_its_record_is_found(stores, store):
     record = one_record(store)
-    frame = arrays.encode(stores.slices(55))
+    frame = codec.encode(stores.slices(55))
     (store / layout.array_name(record.volume_id)).write_bytes(frame)
     StoreWriter(store, stores.options)
     path = record_path(store, record)
-    values = record.to_dict() | {"array_sha256": arrays.sha256(frame), "array_bytes": len(frame)}
+    values = record.to_dict() | {"array_sha256": files.sha256(frame), "array_bytes": len(frame)}
     path.write_bytes(layout.sealed(values, "record_sha256"))
     build_index(store)
     sentence = only(verify(store))
@@ -177,9 +180,12 @@ def test_splits_of_an_older_index_are_found(stores, store):
 
 
 def test_progress_counts_to_the_number_of_volumes(store):
-    seen = []
-    verify(store, lambda done, of: seen.append((done, of)))
-    assert seen == [(n, 5) for n in range(1, 6)]
+    stream = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_module, "_VOLUMES_PER_LINE", 1)
+        verify(store, stream)
+    lines = stream.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"{n}/5 volumes" for n in range(1, 6)]
 
 
 def test_a_folder_without_a_store_is_refused(tmp_path):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.store import arrays, layout
+from nnunetv2_meddinov3.store import codec, layout
 from nnunetv2_meddinov3.store.index import build_index, read_records, read_skips
 from nnunetv2_meddinov3.store.verify import verify
 from nnunetv2_meddinov3.store.writer import StoreWriter
@@ -35,7 +36,7 @@ def test_a_source_has_not_entered_if_it_changed_or_its_files_are_damaged(stores,
     assert not writer.has(record.source_key, record.source_sha256)
     writer.write_volume(record, slices)
     assert array.read_bytes() == whole
-    path = store / layout.RECORDS / layout.name_of(record.source_key)
+    path = store / layout.RECORDS / layout.record_name(record.source_key)
     path.write_bytes(path.read_bytes().replace(b"RAI", b"RAS"))
     assert not writer.has(record.source_key, record.source_sha256)
 
@@ -56,8 +57,8 @@ def test_an_equal_array_of_another_compressor_stays_as_other_records_know_it(
     record, slices = stores.volume(0)
     writer = StoreWriter(store, stores.options)
     first = writer.write_volume(record, slices)
-    monkeypatch.setitem(arrays._COMPRESSION, "clevel", 1)
-    assert arrays.encode(slices) != (store / layout.array_name(first.volume_id)).read_bytes()
+    monkeypatch.setitem(codec._COMPRESSION, "clevel", 1)
+    assert codec.encode(slices) != (store / layout.array_name(first.volume_id)).read_bytes()
     copy = writer.write_volume(replace(record, source_key="Set9/copy"), slices)
     assert copy.array_sha256 == first.array_sha256
     build_index(store)
@@ -138,7 +139,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_store_whole(stores, store, mon
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layout.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device; make room"):
         StoreWriter(store, stores.options).write_volume(*stores.volume(8))
     assert stores.contents(store) == before
