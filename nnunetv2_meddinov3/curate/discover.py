@@ -117,10 +117,10 @@ class _Finder:
     def _folder(
         self, folder: Path, key: str, dataset: str, base: str, above: tuple[tuple[int, int], ...]
     ) -> None:
-        """Walk a folder; ``above`` are the identities of the folders it lies in."""
+        """Walk a folder; ``above`` are the identities of the folders that contain it."""
         identity = self._identity(folder)
         if identity in above:
-            self.refused[key] = "it is a link to a folder that it lies in itself"
+            self.refused[key] = "it is a link to a folder that contains it"
             return
         if identity in self.seen:
             return
@@ -151,20 +151,20 @@ class _Finder:
     def _images(
         self, folder: Path, key: str, raw: RawDataset, above: tuple[tuple[int, int], ...]
     ) -> None:
-        """The images in one folder of an nnU-Net dataset, which has no folders in it."""
+        """Take the images in one folder of an nnU-Net dataset, which has no folders in it."""
         for path in self._entries(folder, key):
             child = f"{key}/{plain_text(path.name)}"
             if _is_folder(path):
                 loop = path.is_symlink() and self._identity(path) in above
                 self.refused[child] = (
-                    "it is a link to a folder that it lies in itself" if loop
+                    "it is a link to a folder that contains it" if loop
                     else "a folder, where nnU-Net keeps only images"
                 )  # fmt: skip
             elif not self._image(path, child, raw) and path.suffix != ".json":
                 self.refused[child] = f"its name is not CASE_0000{raw.ending}, as nnU-Net wants"
 
     def _listed(self, raw: RawDataset, key: str) -> None:
-        """The images that dataset.json lists, for those that lie in other places."""
+        """Take the images that dataset.json lists, which may be in other places."""
         for case, (images, _) in sorted(raw.entries.items()):
             for channel, path in enumerate(images):
                 child = f"{key}/{case}_{channel:04d}{raw.ending}"

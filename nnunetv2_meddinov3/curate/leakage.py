@@ -18,7 +18,7 @@ from nnunetv2_meddinov3.curate.modalities import identify
 from nnunetv2_meddinov3.curate.orient import reorient
 from nnunetv2_meddinov3.curate.readers import read
 from nnunetv2_meddinov3.curate.slices import Stack, stack_slices
-from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource
+from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, counted
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.fingerprints import (
@@ -118,7 +118,7 @@ class Guard:
         hashes = [slice_sha256(stack.array[z]) for z in compared]
         shared = [self.origins[sha256] for sha256 in hashes if sha256 in self.origins]
         if shared:
-            number = f"{len(shared)} slice{'s' * (len(shared) > 1)}"
+            number = counted(len(shared), "slice")
             return f"excluded: shares {number} with {' and '.join(sorted(set(shared)))}", []
         return None, [z for z in compared if self._is_near(stack, z)]
 
@@ -156,8 +156,8 @@ def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Gu
                 )
             origins |= {sha256: origins.get(sha256, name) for sha256, _ in slices}
             phashes |= {phash for _, phash in slices if phash}
-            what = "a list of" if number is None else f"{number} volumes with"
-            bar.advance(f"{name} ({what} {len(slices)} slices)")
+            what = "a list of" if number is None else f"{counted(number, 'volume')} with"
+            bar.advance(f"{name} ({what} {counted(len(slices), 'slice')})")
     return Guard(origins, np.sort(as_numbers(phashes)))
 
 

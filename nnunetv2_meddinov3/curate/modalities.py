@@ -83,7 +83,7 @@ def looks_like_labels(array: np.ndarray) -> bool:
 def padding_value(array: np.ndarray) -> int | None:
     """Return the constant below air that fills the corners of most slices.
 
-    It stands for what lies outside the field of view.
+    It stands for what is outside the field of view.
 
     Args:
         array: (S, H, W) in HU.

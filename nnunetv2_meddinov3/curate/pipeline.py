@@ -20,7 +20,7 @@ from nnunetv2_meddinov3.curate.leakage import (
 )
 from nnunetv2_meddinov3.curate.report import write_report
 from nnunetv2_meddinov3.curate.slices import SliceRules
-from nnunetv2_meddinov3.curate.volume import VolumeSource
+from nnunetv2_meddinov3.curate.volume import VolumeSource, counted
 from nnunetv2_meddinov3.curate.workers import run_in_processes, run_in_turn, run_on_dask
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.progress import Progress
@@ -82,12 +82,13 @@ class Summary:
     def __str__(self) -> str:
         rate = self.slices / self.seconds if self.seconds else 0.0
         lines = [
-            f"{self.entered} volumes entered with {self.slices} slices in {self.seconds:.1f} s "
+            f"{counted(self.entered, 'volume')} entered with {counted(self.slices, 'slice')} in "
+            f"{self.seconds:.1f} s "
             f"({rate:.0f} slices/s, {self.n_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s of "
             f"files), {self.present} already present, {len(self.skipped)} skipped."
         ]
         lines += [
-            f"  left out: {count} {'slice' if count == 1 else 'slices'} {reason}"
+            f"  left out: {counted(count, 'slice')} {reason}"
             for reason, count in sorted(self.left_out.items())
         ]
         lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:MAX_SHOWN]]

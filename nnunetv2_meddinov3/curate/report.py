@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nnunetv2_meddinov3.curate.slices import count_reasons
+from nnunetv2_meddinov3.curate.volume import counted
 from nnunetv2_meddinov3.html import Block, Picture, Section, Table, Text, write_page
 from nnunetv2_meddinov3.store.index import read_records, read_skips
 from nnunetv2_meddinov3.store.layout import REPORT
@@ -51,8 +52,9 @@ def write_report(folder: Path | str) -> Path:
     left_out, per_dataset, size = _read_volumes(folder)
     skips = read_skips(folder)
     columns = {name: store.rows[name].to_numpy() for name in _COLUMNS}
+    volumes = sum(row[1] for row in per_dataset)
     summary = (
-        f"{len(store)} slices of {sum(row[1] for row in per_dataset)} volumes, "
+        f"{counted(len(store), 'slice')} of {counted(volumes, 'volume')}, "
         f"{size / 1e6:.1f} MB compressed; sources that did not enter: {len(skips)}."
     )
     montage = (
@@ -212,13 +214,13 @@ def histogram_figure(
         (axes[1, 0], values, _HU_BINS, "HU, of a sample of CT slices", "pixels"),
         (axes[1, 1], body, np.linspace(0, 1, 41), "body fraction", "slices"),
     )
-    for axis, data, bins, label, counted in panels:
+    for axis, data, bins, label, unit in panels:
         if len(data):
             axis.hist(data, bins=bins, color="#36c")
         else:
             axis.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axis.transAxes)
         axis.set_xlabel(label)
-        axis.set_ylabel(counted)
+        axis.set_ylabel(unit)
     axes[1, 0].set_yscale("log" if len(values) else "linear")
     return figure
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_meddinov3.curate.volume import Unreadable, Volume
+from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, counted
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
 from nnunetv2_meddinov3.store.records import SliceRecord
@@ -187,7 +187,7 @@ def _not_finite(image: np.ndarray) -> str | None:
     if image.dtype.kind != "f":
         return None
     number = image.size - int(np.count_nonzero(np.isfinite(image)))
-    return f"NaN or infinity ({number} pixel{'s' * (number > 1)})" if number else None
+    return f"NaN or infinity ({counted(number, 'pixel')})" if number else None
 
 
 def _scale(windowed: bool, intensity: dict[str, float] | None) -> Scale:

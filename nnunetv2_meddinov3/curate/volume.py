@@ -26,6 +26,11 @@ def plain_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, as in "1 slice" and "2 slices"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class VolumeSource:
     """An input that was found but not opened yet; cheap, picklable, ordered by its key.

@@ -142,7 +142,7 @@ def test_loops_broken_links_and_pipes_are_reported_and_doubles_entered_once(tmp_
     found, refused = find_sources([folder, folder / "a" / "ct.nii"])
     assert keys(found) == ["in/a/ct.nii"]
     assert dict(refused) == {
-        "in/a/back": "it is a link to a folder that it lies in itself",
+        "in/a/back": "it is a link to a folder that contains it",
         "in/nothing.nii": "it is a link to nothing",
         "in/pipe.nii": "it is not a regular file",
     }
@@ -153,7 +153,7 @@ def test_a_loop_inside_the_images_of_a_dataset_is_reported(tmp_path):
     (dataset / "imagesTr" / "back").symlink_to(dataset)
     found, refused = find_sources([dataset])
     assert len(found) == 2
-    assert refused == [("D1/imagesTr/back", "it is a link to a folder that it lies in itself")]
+    assert refused == [("D1/imagesTr/back", "it is a link to a folder that contains it")]
 
 
 def test_a_folder_that_cannot_be_read_is_reported_and_the_others_are_walked(tmp_path, monkeypatch):

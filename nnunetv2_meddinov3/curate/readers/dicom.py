@@ -28,6 +28,7 @@ from nnunetv2_meddinov3.curate.volume import (
     Unreadable,
     check_memory,
     check_rescale,
+    counted,
     plain_text,
 )
 
@@ -254,7 +255,7 @@ def read_series(paths: list[Path]) -> Image:
     usual = float(np.median(steps)) if len(steps) else _single_thickness(headers[0], notes)
     missing = int(np.sum(np.round(steps[steps > GAP * usual] / usual) - 1))
     if missing:
-        notes.append(f"{missing} slices missing between others, positions kept")
+        notes.append(f"{counted(missing, 'slice')} missing between others, positions kept")
     _note_acquisition(headers, notes)
 
     shape = (len(headers), headers[0].rows, headers[0].columns)
@@ -274,7 +275,7 @@ def _without_localizers(headers: list[SliceHeader], notes: list[str]) -> list[Sl
     if not kept:
         raise Unreadable("it is a localizer (scout), not a volume")
     if len(kept) < len(headers):
-        notes.append(f"{len(headers) - len(kept)} localizers left out")
+        notes.append(f"{counted(len(headers) - len(kept), 'localizer')} left out")
     placed = [
         header
         for header in kept
@@ -284,7 +285,7 @@ def _without_localizers(headers: list[SliceHeader], notes: list[str]) -> list[Sl
     if not placed:
         raise Unreadable("its images state no position or orientation")
     if len(placed) < len(kept):
-        notes.append(f"{len(kept) - len(placed)} images without a position left out")
+        notes.append(f"{counted(len(kept) - len(placed), 'image')} without a position left out")
     return placed
 
 
@@ -297,8 +298,8 @@ def _one_layout(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeade
     kept = [header for header in headers if header.layout == layout]
     if len(kept) < len(headers):
         notes.append(
-            f"{len(headers) - len(kept)} images of another size, orientation or pixel spacing "
-            "left out"
+            f"{counted(len(headers) - len(kept), 'image')} of another size, orientation or pixel "
+            "spacing left out"
         )
     return kept
 
@@ -318,8 +319,8 @@ def _in_order(headers: list[SliceHeader], notes: list[str]) -> tuple[list[SliceH
             chosen.append(entry)
     if len(chosen) < len(placed):
         notes.append(
-            f"{len(placed) - len(chosen)} duplicate slices left out (same position; the first by "
-            "instance number kept)"
+            f"{counted(len(placed) - len(chosen), 'duplicate slice')} left out (same position; the "
+            "first by instance number kept)"
         )
     return [headers[entry[3]] for entry in chosen], np.array([entry[0] for entry in chosen])
 

@@ -141,8 +141,8 @@ def test_localizers_and_images_of_another_size_in_a_series_are_left_out(
     write_dicom(folder / "wide.dcm", np.zeros((20, 30), dtype=np.int16))
     volume = read_only(folder)
     np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(ct))
-    assert "1 localizers left out" in volume.notes
-    left_out = "1 images of another size, orientation or pixel spacing left out"
+    assert "1 localizer left out" in volume.notes
+    left_out = "1 image of another size, orientation or pixel spacing left out"
     assert left_out in volume.notes
 
 
