@@ -4,6 +4,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_meddinov3.curate.modalities import identify
+from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.readers import read
+from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource
+
 SPACING = (0.7, 0.8, 2.5)  # x, y, z in mm
 ORIGIN = (-12.0, -9.0, -104.0)
 
@@ -51,4 +56,52 @@ def _write_dicom(path, pixels, position=(0.0, 0.0, 0.0), number=1, spacing=SPACI
     writer.SetImageIO("GDCMImageIO")
     writer.SetFileName(str(path))
     writer.Execute(image)
+    return path
+
+
+@pytest.fixture(scope="session")
+def read_source():
+    """A function that reads a source as a volume."""
+    return _read_source
+
+
+def _read_source(source):
+    return identify(reorient(read(source)), source)
+
+
+@pytest.fixture(scope="session")
+def read_path():
+    """A function that reads a file as a volume."""
+    return _read_path
+
+
+def _read_path(path, kind="file", channel_name=None):
+    source = VolumeSource(path.name, kind, (str(path),), "d", path.stem, channel_name)
+    return _read_source(source)
+
+
+@pytest.fixture(scope="session")
+def reason_of():
+    """A function that returns why a file cannot be read."""
+    return _reason_of
+
+
+def _reason_of(path, kind="file"):
+    with pytest.raises(Unreadable) as caught:
+        _read_path(path, kind)
+    told = str(caught.value)
+    assert told
+    assert path.name not in told
+    assert str(path.parent) not in told
+    return told
+
+
+@pytest.fixture(scope="session")
+def write_as():
+    """A function that writes an image with SimpleITK and returns the path."""
+    return _write_as
+
+
+def _write_as(image, path):
+    sitk.WriteImage(image, str(path))
     return path

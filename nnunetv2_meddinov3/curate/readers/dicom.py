@@ -190,7 +190,9 @@ def _number(dataset: pydicom.Dataset, keyword: str, default: int | None = None) 
     try:
         return int(dataset[TAGS[keyword]].value)
     except Exception as error:  # as above
-        raise Unreadable(f"it is a damaged DICOM file: its {keyword} is not a number") from error
+        raise Unreadable(
+            f"it is a damaged DICOM file: {keyword} is missing or not a number"
+        ) from error
 
 
 def check_decodable(path: Path) -> None:
