@@ -115,10 +115,10 @@ def test_a_part_of_a_split_store_is_read_alone(ct_store, small_stage, tmp_path):
 
     store = tmp_path / "store"
     shutil.copytree(ct_store, store)
-    overrides = small_stage(f"data.store={store}", "data.part=train")
+    overrides = small_stage(f"data.store={store}", "data.split=train")
     with pytest.raises(UserError, match="has none: make one with `meddinov3 store split"):
         steps(overrides)
     split = split_by_patient(store, {"train": 0.5, "val": 0.5})
     assert open_store(load_config("tiny_stage1", overrides))[1].tolist() == split["train"]
-    with pytest.raises(UserError, match=r"data.part must be one of train, val, got test"):
-        steps([*overrides, "data.part=test"])
+    with pytest.raises(UserError, match=r"data.split must be one of train, val, got test"):
+        steps([*overrides, "data.split=test"])
