@@ -61,7 +61,8 @@ _MUST_BE = {
 
 def available() -> list[str]:
     """Return the names of the shipped configs, such as ``vitb16_stage1``."""
-    return sorted(f"{size.stem}_{stage.stem}" for size in _sizes() for stage in _stages())
+    sizes, stages = (_SHIPPED / "sizes").glob("*.yaml"), list(_SHIPPED.glob("*.yaml"))
+    return sorted(f"{size.stem}_{stage.stem}" for size in sizes for stage in stages)
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig:
@@ -153,14 +154,6 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _sizes() -> list[Path]:
-    return list((_SHIPPED / "sizes").glob("*.yaml"))
-
-
-def _stages() -> list[Path]:
-    return list(_SHIPPED.glob("*.yaml"))
-
-
 def _find(name_or_path: str) -> dict[str, Any]:
     """Return what a file says, or a stage file with the preset of a size over it."""
     if name_or_path in available():
@@ -188,7 +181,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _sections(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where} must be a readable YAML file: {first_line(error)}.") from error
     if values is None:
         values = {}
@@ -237,7 +230,7 @@ def _change(values: dict[str, Any], override: str, where: str) -> None:
         raise UserError(f"a change must be written key=value, got {override!r}.")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is not one
         raise UserError(
             f"the value of {key} must be a number, a word or a list such as [1,2], got {text!r}."
         ) from error
@@ -288,7 +281,8 @@ def _sentence(error: Any, where: str) -> str:
         choices = re.findall(r"[\w.]+", context["expected"].replace(" or ", " "))
         wanted = f"one of {', '.join(choices)}"
     else:
-        wanted = _MUST_BE.get(error["type"], error["msg"]).format(**context)
+        known = _MUST_BE.get(error["type"])
+        wanted = known.format(**context) if known else error["msg"]
     came = "" if error["type"] == "missing" else f", got {error['input']!r}"
     return f"{key} must be {wanted}{came}."
 

@@ -12,14 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import SIZES
@@ -151,22 +144,16 @@ class Init(Section):
 class Gram(Section):
     """Gram anchoring (DINOv3, sec. 4.2).
 
-    Attributes:
-        weight: None for a stage without it.
-        teacher: Where the Gram teacher comes from: any weights, ``ema`` (the teacher itself, no
-            Gram crops), ``init`` (the backbone this stage starts from), ``previous`` (the last
-            stage's teacher at its end), ``previous@STEP`` (its teacher exported at that step) or
-            ``retained`` (the last stage's Gram teacher).
-        refresh_every: Copy the teacher into the Gram teacher every so many steps; None: never.
-        refresh_from: First step at which it may be copied.
-        max_refreshes: How often at most; None: without limit.
+    Its teacher is any weights, ``ema`` (the teacher itself, no Gram crops), ``init`` (the backbone
+    this stage starts from), ``previous`` (the last stage's teacher at its end), ``previous@STEP``
+    (its teacher exported at that step) or ``retained`` (the last stage's Gram teacher).
     """
 
-    weight: Schedule | None = None
+    weight: Schedule | None = None  # None: a stage without it
     teacher: Annotated[Text, AfterValidator(_gram_source)] = "ema"
-    refresh_every: Count | None = None
-    refresh_from: Annotated[int, Field(ge=0)] = 0
-    max_refreshes: Count | None = None
+    refresh_every: Count | None = None  # copy the teacher into it every so many steps; None: never
+    refresh_from: Annotated[int, Field(ge=0)] = 0  # first step at which it may be copied
+    max_refreshes: Count | None = None  # None: without limit
 
 
 class Losses(Section):
@@ -270,27 +257,19 @@ class Optim(Section):
 
 
 class Data(Section):
-    """The slice store and how it is read.
+    """The slice store and how it is read."""
 
-    Attributes:
-        store: Folder of ``meddinov3 curate``; its slices are compared when a run goes on.
-        modalities: Kinds of slices that may be trained on: ``hu`` (CT in HU), ``windowed`` (8-bit
-            grey), ``mr``, ``unknown``. A store with another kind is refused.
-        split: Name of a part of ``meddinov3 store split``; None for all slices.
-        workers: Processes that read slices, on each rank.
-        prefetch: Groups of images that each of them keeps ready.
-        views_on: ``auto`` (the GPU if there is one, else the workers), ``device`` or ``workers``.
-    """
+    MAY_CHANGE = frozenset({"store", "workers", "prefetch", "views_on"})  # slices are compared
 
-    MAY_CHANGE = frozenset({"store", "workers", "prefetch", "views_on"})
-
-    store: Text | None = None
+    store: Text | None = None  # folder of `meddinov3 curate`
+    # kinds of slices that may be trained on (KINDS); a store with another kind is refused
     modalities: Annotated[list[Literal["hu", "windowed", "mr", "unknown"]], Field(min_length=1)] = [
         "hu"
     ]
-    split: Text | None = None
-    workers: Annotated[int, Field(ge=0)] = 8
-    prefetch: Count = 4
+    split: Text | None = None  # name of a part of `meddinov3 store split`; None: all slices
+    workers: Annotated[int, Field(ge=0)] = 8  # processes that read slices, on each rank
+    prefetch: Count = 4  # groups of images that each of them keeps ready
+    # where crops are made; auto: on the GPU if there is one, else by the workers
     views_on: Literal["auto", "device", "workers"] = "auto"
 
 
@@ -299,26 +278,6 @@ class Engine(Section):
 
     ``parallel``, ``micro_batch`` and ``activation_checkpointing`` may change when a run goes on:
     losses and gradients stay the same but for rounding and for what the student draws.
-
-    Attributes:
-        device: ``auto``, ``cpu`` or ``cuda``.
-        micro_batch: Images per rank that are forwarded at once; None for all of a step.
-        precision: ``auto`` (bf16 on a GPU that has it, else fp32), ``bf16`` or ``fp32``.
-        parallel: ``ddp`` or ``fsdp2``.
-        compile: ``auto`` (on a GPU), ``always`` or ``never``; each block by itself.
-        activation_checkpointing: Recompute the student's blocks in the backward pass.
-        save_every: Steps between two checkpoints.
-        keep_last: Checkpoints that stay.
-        keep_every: Checkpoints at multiples of this stay for good; None: none.
-        export_at: Steps at which the teacher is exported, besides the end of the stage.
-        log_every: Steps between two lines of the log.
-        health_every: Steps between two checks of health.
-        report_every: Steps between two report.html; None: at the end alone.
-        probe_every: Steps between two probes; None: never.
-        probe_dataset: Labelled nnU-Net raw dataset for them.
-        max_bad_steps: Steps in a row that may be skipped for numbers that are not finite.
-        tensorboard: Write TensorBoard events too.
-        wandb: Project of Weights & Biases to log to; None: do not.
     """
 
     MAY_CHANGE = frozenset(
@@ -328,23 +287,23 @@ class Engine(Section):
     )
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    micro_batch: Count | None = 64
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    micro_batch: Count | None = 64  # images per rank that are forwarded at once; None: all
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU that has it
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    compile: Literal["auto", "always", "never"] = "auto"
-    activation_checkpointing: bool = False
-    save_every: Count = 1000
-    keep_last: Count = 2
-    keep_every: Count | None = 10_000
-    export_at: list[int] = [20_000]
-    log_every: Count = 10
-    health_every: Count = 100
-    report_every: Count | None = 5000
-    probe_every: Count | None = None
-    probe_dataset: Text | None = None
-    max_bad_steps: Count = 3
-    tensorboard: bool = False
-    wandb: Text | None = None
+    compile: Literal["auto", "always", "never"] = "auto"  # each block; auto: on a GPU
+    activation_checkpointing: bool = False  # recompute the student's blocks in the backward pass
+    save_every: Count = 1000  # steps between two checkpoints
+    keep_last: Count = 2  # checkpoints that stay
+    keep_every: Count | None = 10_000  # those at multiples of this stay for good; None: none
+    export_at: list[int] = [20_000]  # steps at which the teacher is exported, besides the end
+    log_every: Count = 10  # steps between two lines of the log
+    health_every: Count = 100  # steps between two checks of health
+    report_every: Count | None = 5000  # steps between two report.html; None: at the end alone
+    probe_every: Count | None = None  # steps between two probes; None: never
+    probe_dataset: Text | None = None  # labelled nnU-Net raw dataset for them
+    max_bad_steps: Count = 3  # in a row that may be skipped for numbers that are not finite
+    tensorboard: bool = False  # write TensorBoard events too
+    wandb: Text | None = None  # project of Weights & Biases to log to
 
 
 class StageConfig(Section):

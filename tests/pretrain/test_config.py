@@ -152,6 +152,7 @@ def test_the_papers_values_are_in_the_configs(size):
         ("losses.teacher_temp.peak=0", "losses.teacher_temp.peak must be above 0"),
         ("engine.probe_every=10", "engine.probe_dataset must be a labelled nnU-Net raw dataset"),
         ("steps", "written key=value"),
+        ("data.split=2026-13-45", "the value of data.split must be a number, a word"),
         ("optim.steps=[1", "the value of optim.steps must be a number"),
     ],
 )
