@@ -106,6 +106,7 @@ def test_a_damaged_slice_is_one_sentence(ct_store, small_stage, tmp_path, worker
         steps(small_stage(f"data.store={tmp_path / 'store'}"), **{"data.workers": workers})
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # a mistake ends the workers too
 
 
 def test_a_part_of_a_split_store_is_read_alone(ct_store, small_stage, tmp_path):
