@@ -74,6 +74,7 @@ def test_the_memory_of_networks_is_that_of_their_numbers(stage, gram_teachers):
     assert dry_run.memory_gb(config, a, 4, is_bf16=False)["networks"] * 1e9 == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["vit_tiny", "vit_small_plus"])
 def test_the_memory_of_activations_is_about_what_autograd_keeps(size):
     config, a, images = load_config("tiny_stage1"), architecture_of(size), 2

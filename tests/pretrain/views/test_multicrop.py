@@ -105,6 +105,7 @@ ALL = [
 ] + ["augment.blur_probability=[1,1,1]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 3])
 def test_views_do_not_depend_on_the_number_of_threads(threads):
     # threads share the mean of one large crop, and split powers where vectors do not end
@@ -141,6 +142,7 @@ def drawn(monkeypatch, device):
         return make_views(slices, config.crops.resolutions[0], config, (0, 1)), noise
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_where_the_slices_are(monkeypatch):
     here, noise = drawn(monkeypatch, "cpu")
     there, noise_there = drawn(monkeypatch, "meta")  # a device without values
