@@ -36,7 +36,7 @@ def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
     """Open the store of a config and return the rows that are trained on.
 
     Raises:
-        UserError: If there is none, it has no such split, or it cannot be trained on.
+        UserError: If there is no store, it has no such split, or it cannot be trained on.
     """
     if not config.data.store:
         raise UserError("pretraining needs a slice store: give --store DIR (`meddinov3 curate`).")
@@ -60,7 +60,9 @@ def _rows_of_split(store: SliceStore, name: str) -> np.ndarray:
     except layout.Damaged as error:
         raise UserError(f"{path} {error}: split the store again.") from error
     if split["records_sha256"] != store.records_sha256:
-        raise UserError(f"{path} must be of the store as it is, but is older: split it again.")
+        raise UserError(
+            f"{path} must be of the store as it is now, but it is older: split the store again."
+        )
     if name not in split["rows"]:
         raise UserError(f"data.split must be one of {', '.join(split['rows'])}, got {name}.")
     return np.array(split["rows"][name], dtype=np.int64)
@@ -155,7 +157,7 @@ class Sampler:
 
 
 class _Failure(str):
-    """A user's mistake met by a worker, which would arrive wrapped in a traceback."""
+    """A user's mistake in a worker; raised there, it would arrive wrapped in a traceback."""
 
 
 class _Groups(Dataset):
@@ -173,7 +175,8 @@ class _Groups(Dataset):
 
 
 def _views(slices: Slices, group: Group, config: StageConfig) -> ViewBatch:
-    return make_views(slices, config.crops.resolutions[group.resolution], config, group.seed)
+    resolution = config.crops.resolutions[group.resolution]
+    return make_views(slices, resolution, config, tuple(group.seed))  # pinning makes it a list
 
 
 class SliceLoader:

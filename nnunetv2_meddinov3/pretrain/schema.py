@@ -2,7 +2,7 @@
 
 The defaults are those of stage 1 for a ViT-B (``configs/stage1.yaml``, which has their sources). A
 *step* is one optimiser step, from 0 in each stage. ``MAY_CHANGE`` of a section names the keys that
-may differ when a run goes on; all others change results.
+may differ when a run is resumed; all others change results.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class Data(Section):
 class Engine(Section):
     """How it runs.
 
-    ``parallel``, ``micro_batch`` and ``activation_checkpointing`` may change when a run goes on:
+    ``parallel``, ``micro_batch`` and ``activation_checkpointing`` may change when a run is resumed:
     losses and gradients stay the same but for rounding and for what the student draws.
     """
 

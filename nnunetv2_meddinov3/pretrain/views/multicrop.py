@@ -64,8 +64,7 @@ def make_views(
         seed: Of everything that is drawn.
 
     Returns:
-        One-channel views, normalised; masks and what belongs to them stay where they were drawn,
-        on the CPU, unless the slices are on a GPU.
+        One-channel views, normalised, on the device of the slices; the masks are on the CPU.
     """
     with _one_thread():
         return _make_views(slices, resolution, config, np.random.default_rng(seed))
@@ -97,7 +96,7 @@ def _make_views(
     for i in range(GLOBAL_CROPS):
         own = boxes["global"][i * b : (i + 1) * b]
         cut = crop_and_resize(values, numbers, own, resolution.global_size)
-        blur = config.augment.blur_probability[min(i, 1)]
+        blur = config.augment.blur_probability[i]
         views.append(_finish(cut, blur, config, generator, noise))
     local = crop_and_resize(
         values, numbers * crops.local_crops, boxes["local"], resolution.local_size

@@ -102,7 +102,7 @@ def _normal(x: _Crops, noise: torch.Generator) -> _Crops:
 
 
 def _blur(x: _Crops, sigma: _PerCrop) -> _Crops:
-    """Gaussian blur, each crop with its own sigma in pixels, mirrored at the edges."""
+    """Blur with a Gaussian, each crop with its own sigma in pixels, mirrored at the edges."""
     taps = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)) ** 2)  # (n, 1, 1, 9)
     weights = weights / weights.sum(-1, keepdim=True)
@@ -115,7 +115,7 @@ def _blur(x: _Crops, sigma: _PerCrop) -> _Crops:
 
 
 def _low_resolution(x: _Crops, zoom: _PerCrop) -> _Crops:
-    """Shrink and enlarge again, each crop by its own factor; the factors lie on the CPU."""
+    """Shrink and enlarge again, each crop by its own factor; the factors are on the CPU."""
     size, out = x.shape[-1], []
     for crop, factor in zip(x, zoom.flatten().tolist(), strict=True):
         small = max(2, round(size * factor))
