@@ -185,10 +185,11 @@ def _facts(facts: dict[str, Any]) -> Table:
 def _words(value: Any) -> str:
     if value is None:
         return "unknown"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{k.replace('_', ' ')} {_words(v)}" for k, v in value.items())
+        return ", ".join(
+            (k if v else f"not {k}") if isinstance(v, bool) else f"{k} {_words(v)}"
+            for k, v in value.items()
+        )
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -216,7 +217,7 @@ def _in_words(rows: Rows, panels: Panels) -> str:
             points = _points(rows, key)
             which = f"{name} " if len(series) > 1 else ""
             ends.append(f"{which}from {points[0][1]:.4g} to {points[-1][1]:.4g}")
-        parts.append(f"{title} {', '.join(ends)}")
+        parts.append(f"{title}: {', '.join(ends)}")
     steps = f"from step {rows[0]['step']} to {rows[-1]['step']}"
     return f"Curves {steps}: {'; '.join(parts)}."
 

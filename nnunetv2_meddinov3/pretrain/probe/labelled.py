@@ -82,7 +82,9 @@ class ProbeData:
         """
         dataset = open_raw_dataset(folder)
         if not dataset.labels:
-            raise UserError(f"{dataset.folder / 'dataset.json'} must name labels, but has none.")
+            raise UserError(
+                f"{dataset.folder / 'dataset.json'} must name labels, but it names none."
+            )
         cases = _cases(dataset)
         names = {case: _patient(case, patients) for case in cases}
         held_out = _split(dataset.folder, names, seed)

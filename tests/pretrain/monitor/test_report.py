@@ -70,8 +70,12 @@ def some_run(folder, health=None, probes=(), moments=(0, 10, 20)):
     write_rows(folder / "health.jsonl", health)
     write_rows(folder / "probe.jsonl", probes)
     (folder / "config.yaml").write_text("stage: 1\nnote: <b>&\n")
-    facts = {"command": ["meddinov3", "<x>"], "git": None, "world_size": 2}
-    facts["versions"] = {"torch": "2.6", "timm": "1.0"}
+    facts = {
+        "command": ["meddinov3", "<x>"],
+        "git": {"commit": "1a2b", "clean": False},
+        "world_size": 2,
+    }
+    facts["versions"] = {"torch": "2.6", "timm": None}
     (folder / "run.json").write_text(json.dumps(facts))
     slices = torch.rand(2, 1, 64, 64) * 400 - 200
     for step in moments:
@@ -120,9 +124,9 @@ def test_a_healthy_run_has_its_sections_sentences_and_facts(tmp_path):
     ]
     assert page.rows == [
         ["command", "meddinov3 <x>"],
-        ["code", "unknown"],
+        ["code", "commit 1a2b, not clean"],
         ["processes", "2"],
-        ["versions", "torch 2.6, timm 1.0"],
+        ["versions", "torch 2.6, timm unknown"],
     ]
     assert page.texts["summary"] == ["every value"]
     assert page.texts["pre"] == ["stage: 1\nnote: <b>&\n"]
@@ -132,10 +136,10 @@ def test_a_healthy_run_has_its_sections_sentences_and_facts(tmp_path):
 def test_every_picture_says_in_words_what_it_shows(tmp_path):
     page = report_of(tmp_path / "ct" / "stage1")
     assert [alt for alt, _ in page.pictures] == [
-        "Curves from step 1 to 29: total loss from 8.9 to 6.1; KoLeo loss, mean over crops from "
-        "0.1 to 0.1; learning rate from 0.001 to 0.001; images per second from 6 to 34; waiting "
-        "for data, % of the time from 3 to 3.",
-        "Curves from step 1 to 20: effective rank of cls tokens student from 20 to 20, teacher "
+        "Curves from step 1 to 29: total loss: from 8.9 to 6.1; KoLeo loss, mean over crops: from "
+        "0.1 to 0.1; learning rate: from 0.001 to 0.001; images per second: from 6 to 34; waiting "
+        "for data, % of the time: from 3 to 3.",
+        "Curves from step 1 to 20: effective rank of cls tokens: student from 20 to 20, teacher "
         "from 21 to 21.",
         "Principal components as colours: 2 slices, a row each, at the steps 0, 10, 20.",
         "Cosine with the patch at the cross: 2 slices, a row each, at the steps 0, 10, 20.",
@@ -186,8 +190,8 @@ def test_probes_show_the_start_the_curves_and_what_became_worse(tmp_path):
     ) in page.texts["p"]
     assert page.wrong == ["the features have become worse."]
     assert page.pictures[2][0] == (
-        "Curves from step 0 to 20: linear probe on slices, mAP from 0.5 to 0.25; linear "
-        "segmentation, Dice from 0.3 to 0.375."
+        "Curves from step 0 to 20: linear probe on slices, mAP: from 0.5 to 0.25; linear "
+        "segmentation, Dice: from 0.3 to 0.375."
     )
 
 

@@ -54,8 +54,8 @@ LABELS = {
     "liver": 1,
     "kidney": 3,
     "organs": [1, 2, 3],
-    "rest": [4, 5, 6],
-    "ignore": 7,
+    "rest": [4, 5],
+    "ignore": 6,
 }
 
 
@@ -63,7 +63,7 @@ def test_pixels_of_the_ignore_label_are_known_to_be_unknown(phantoms, write_data
     cases = {}
     for case, (ct, labels) in phantoms.items():
         labels = labels.copy()
-        labels[:, :, 40:] = 7
+        labels[:, :, 40:] = 6
         cases[case] = (ct, labels)
     folder = write_dataset(tmp_path / "Dataset004", cases, LABELS)
     data = ProbeData.from_nnunet(folder, size=64, slices_per_case=6)
@@ -89,7 +89,7 @@ def test_of_a_pixel_that_is_partly_ignored_the_labelled_part_counts(write_datase
 def test_slices_without_any_known_label_are_not_taken(phantoms, write_dataset, tmp_path):
     cases, known = {}, (2, 5, 7)  # such as when every few slices were annotated
     for case, (ct, labels) in phantoms.items():
-        sparse = np.full_like(labels, 7)
+        sparse = np.full_like(labels, 6)
         sparse[list(known)] = labels[list(known)]
         cases[case] = (ct, sparse)
     folder = write_dataset(tmp_path / "Dataset004", cases, LABELS)
@@ -128,8 +128,8 @@ def test_pictures_in_colours_are_taken_for_grey(write_dataset, tmp_path):
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        ({"labels": {"background": 0}}, "dataset.json must name labels, but has none"),
-        ({"labels": {"background": 0, "ignore": 1}}, "must name labels, but has none"),
+        ({"labels": {"background": 0}}, "dataset.json must name labels, but it names none"),
+        ({"labels": {"background": 0, "ignore": 1}}, "must name labels, but it names none"),
         ({"file_ending": ".nrrd"}, r"no case with both \(file_ending .nrrd\)"),
     ],
 )
