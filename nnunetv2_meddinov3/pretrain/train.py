@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +129,7 @@ class Stage:
         """
         steps, engine = self.config.optim.steps, self.config.engine
         batches = self.loader.iterate(self.step)
-        with self.observer, contextlib.closing(batches):
+        try:
             if self.step == 0:
                 self.observer.start()
             while self.step < steps:
@@ -148,6 +147,9 @@ class Stage:
                 if stopped and not at_end:
                     self.observer.report()
                     return False
+        finally:
+            batches.close()
+            self.observer.close()
         self.export(self.folder / EXPORT)
         return True
 

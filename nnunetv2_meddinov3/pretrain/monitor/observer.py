@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import torch
@@ -30,8 +30,7 @@ Probe = Callable[[int, str], str | None]  # (step, "start" or "teacher") -> what
 class Observer:
     """Observes a stage, and changes nothing of what is learnt.
 
-    Every rank makes one and calls the same methods; the main one writes. It must be closed, by
-    ``close`` or ``with``.
+    Every rank makes one and calls the same methods; the main one writes. It must be closed.
 
     Args:
         config: Of the stage.
@@ -159,28 +158,18 @@ class Observer:
         if self.runtime.is_main:
             self._progress.say(line)
 
-    def close(self, failed: bool = False) -> None:
+    def close(self) -> None:
         """Finish what is shown and logged; a second call does nothing.
 
-        Args:
-            failed: Whether an error ended the stage.
+        Called while an error ends the stage, as in ``finally``, it marks the run at Weights &
+        Biases as failed.
         """
+        failed = sys.exc_info()[0] is not None
         try:
             self._progress.close()
         finally:
             if self._metrics is not None:
                 self._metrics.close(failed)
-
-    def __enter__(self) -> Observer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close(failed=kind is not None)
 
     def _log(
         self,
