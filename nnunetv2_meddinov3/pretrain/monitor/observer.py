@@ -28,7 +28,7 @@ Probe = Callable[[int, str], str | None]  # (step, "start" or "teacher") -> what
 
 
 class Observer:
-    """Observes a stage, and changes nothing of what is learnt.
+    """Observes a stage without changing what is learnt.
 
     Every rank makes one and calls the same methods; the main one writes. It must be closed.
 
@@ -132,7 +132,7 @@ class Observer:
             self._check(done, means["total"], observed)
 
     def after_step(self, done: int) -> None:
-        """Keep maps, probe and write the report where their interval says so."""
+        """Keep maps, probe and write the report when they are due."""
         engine, steps = self.config.engine, self.config.optim.steps
         every = engine.report_every or max(1, steps // _MOMENTS)
         if done % every == 0 or done == steps:
