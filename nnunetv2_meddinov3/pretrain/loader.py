@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.intensity import check_store
-from nnunetv2_meddinov3.pretrain.monitor.features import fixed_slices, spread_rows
+from nnunetv2_meddinov3.pretrain.monitor.tracker import fixed_slices, spread_rows
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 from nnunetv2_meddinov3.signals import leave_stopping_to_the_parent
