@@ -1,25 +1,24 @@
-"""Configs of stages: complete YAML files, ``key=value`` changes, every mistake in a sentence."""
+"""Configs of stages: a stage file and a size's preset, ``key=value`` changes, mistakes in words."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-import types
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
-from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.rules import check
+from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
+    GLOBAL_CROPS,
     KINDS,
     Augment,
+    Crops,
     Data,
     Engine,
     Gram,
@@ -33,18 +32,37 @@ from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
     Optim,
     Resolution,
     Schedule,
+    Section,
     StageConfig,
 )
 
 _SHIPPED = Path(__file__).parent / "configs"
-# sections and keys that say where things lie and how fast they go
-_WITHOUT_EFFECT = ("data.store", "data.workers", "data.prefetch", "data.views_on", "engine.")
 REFERENCE_BATCH = 512  # the batch at which the learning rates of configs hold
+# Keys of configs written before: what they are called now, or the only value they could have.
+_RENAMED = {"data.values": "data.modalities", "data.part": "data.split"}
+_REMOVED = {"crops.global_crops": GLOBAL_CROPS, "losses.gram.remove_negatives": False}
+# What must hold, by pydantic's type of an error.
+_MUST_BE = {
+    "missing": "given",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list such as [1,2]",
+    "model_type": "a section with keys of its own",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "too_short": "a list of at least {min_length}",
+}
 
 
 def available() -> list[str]:
-    """Return the names of the shipped configs."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+    """Return the names of the shipped configs, such as ``vitb16_stage1``."""
+    sizes, stages = (_SHIPPED / "sizes").glob("*.yaml"), list(_SHIPPED.glob("*.yaml"))
+    return sorted(f"{size.stem}_{stage.stem}" for size in sizes for stage in stages)
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig:
@@ -53,42 +71,42 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig
     Args:
         name_or_path: A shipped name such as ``vitb16_stage1``, or a YAML file; what it leaves out
             has the default of ``schema``.
-        overrides: ``key=value``, such as ``optim.steps=500`` or ``data.values=[hu,windowed]``.
+        overrides: ``key=value``, such as ``optim.steps=500`` or ``data.modalities=[hu,windowed]``.
 
     Raises:
         UserError: If it does not exist, or a key, a type or a value is wrong.
     """
-    path = _find(name_or_path)
-    try:
-        loaded = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} must be a readable YAML file: {_first_line(error)}.") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold sections such as optim and data, but it holds none.")
-    changes = OmegaConf.create()
+    values = _completed(_find(name_or_path))
     for override in overrides:
-        _apply(changes, loaded, override)
-    return _structured([loaded, changes], str(name_or_path))
+        _change(values, override, str(name_or_path))
+    return _checked(values, str(name_or_path))
 
 
 def from_yaml(text: str) -> StageConfig:
-    """Return the config that ``to_yaml`` wrote."""
-    return _structured([OmegaConf.create(text)], "the saved config")
+    """Return the config that ``to_yaml`` wrote, also an earlier version's."""
+    where = "the saved config"
+    return _checked(_completed(_sections(text, where)), where)
 
 
 def to_yaml(config: StageConfig) -> str:
     """Return a config as the YAML file that gives it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def differences(before: StageConfig, now: StageConfig) -> list[str]:
     """Return what differs and can change results, such as ``optim.steps is 5 instead of 4``."""
-    a, b = (flatten(dataclasses.asdict(config)) for config in (before, now))
+    a, b = flatten(before.model_dump()), flatten(now.model_dump())
     return [
         f"{key} is {b.get(key)} instead of {a.get(key)}"
         for key in sorted(a | b)
-        if a.get(key) != b.get(key) and not key.startswith(_WITHOUT_EFFECT)
+        if a.get(key) != b.get(key) and not _may_change(key)
     ]
+
+
+def _may_change(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    kind = StageConfig.model_fields[section].annotation
+    return rest.partition(".")[0] in getattr(kind, "MAY_CHANGE", ())
 
 
 def effective_lr_factor(config: StageConfig) -> float:
@@ -136,98 +154,188 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _find(name_or_path: str) -> Path:
-    shipped = _SHIPPED / f"{name_or_path}.yaml"
+def _find(name_or_path: str) -> dict[str, Any]:
+    """Return what a file says, or a stage file with the preset of a size over it."""
     if name_or_path in available():
-        return shipped
+        size, _, stage = name_or_path.partition("_")
+        preset = _read(_SHIPPED / "sizes" / f"{size}.yaml")
+        values = _read(_SHIPPED / f"{stage}.yaml")
+        for part in ("all_stages", stage.partition("_")[0]):
+            _merge(values, preset.get(part, {}))
+        return values
     path = Path(name_or_path)
     if path.is_file():
-        return path
+        return _read(path)
     near = difflib.get_close_matches(path.stem, available(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(available())}."
     raise UserError(f"a config must be a shipped name or a YAML file, got {name_or_path!r}: {hint}")
 
 
-def _apply(changes: DictConfig, loaded: DictConfig, override: str) -> None:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _sections(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be a readable YAML file: {first_line(error)}.") from error
+
+
+def _sections(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where} must be a readable YAML file: {first_line(error)}.") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold sections such as optim and data, but it holds none.")
+    return values
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults with a file's values over them, under today's keys."""
+    for old, new in _RENAMED.items():
+        section, _, name = old.partition(".")
+        if isinstance(values.get(section), dict) and name in values[section]:
+            values[section].setdefault(new.partition(".")[2], values[section].pop(name))
+    for key, only in _REMOVED.items():
+        *parents, name = key.split(".")
+        inner: Any = values
+        for parent in parents:
+            inner = inner.get(parent) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and name in inner:
+            _refuse_other_than(key, inner.pop(name), only)
+    merged = StageConfig().model_dump()
+    _merge(merged, values)
+    return merged
+
+
+def _refuse_other_than(key: str, value: Any, only: Any) -> None:
+    if value != only:
+        said = yaml.safe_dump(only).split("\n")[0]
+        raise UserError(f"{key} is no longer an option and must be {said}, got {value!r}.")
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    """Write values over others, section by section; lists are replaced as a whole."""
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _change(values: dict[str, Any], override: str, where: str) -> None:
+    """Apply one ``key=value`` in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"a change must be written key=value, got {override!r}.")
     try:
-        value = yaml.safe_load(text) if text else None
-        if isinstance(value, str):  # YAML 1.1 takes 1e-4 for text
-            value = _number(value)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is not one
         raise UserError(
             f"the value of {key} must be a number, a word or a list such as [1,2], got {text!r}."
         ) from error
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():  # an entry of a list: the whole list is given
-            parent = ".".join(parts[:i])
-            if OmegaConf.select(changes, parent) is None:
-                entries = OmegaConf.select(loaded, parent)
-                if entries is None or not int(part) < len(entries):
-                    raise UserError(f"{parent} must have an entry {part}, but it has none.")
-                OmegaConf.update(changes, parent, OmegaConf.to_container(entries))
-    OmegaConf.update(changes, key, value, force_add=True)
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _structured(parts: list[DictConfig], where: str) -> StageConfig:
-    for part in parts:
-        _check_keys(OmegaConf.to_container(part), StageConfig, "", where)
-    merged = OmegaConf.structured(StageConfig)
-    try:
-        for part in parts:
-            merged = OmegaConf.merge(merged, part)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a value"
-        raise UserError(f"{key} in {where} is wrong: {_first_line(error)}.") from error
-    check(config)
-    return config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
-
-
-def _check_keys(values: Any, kind: Any, prefix: str, where: str) -> None:
-    """Refuse unknown keys, with the nearest known one.
-
-    Raises:
-        UserError: At the first of them.
-    """
-    arguments = [a for a in typing.get_args(kind) if a is not types.NoneType]
-    if isinstance(values, list):
-        for i, value in enumerate(values):
-            _check_keys(value, arguments[0] if arguments else None, f"{prefix}{i}.", where)
-        return
-    if not dataclasses.is_dataclass(kind):
-        kind = next((a for a in arguments if dataclasses.is_dataclass(a)), None)
-    if kind is None or not isinstance(values, dict):
-        return
-    fields = typing.get_type_hints(kind)
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(_unknown(f"{prefix}{key}", prefix, fields, where))
-        _check_keys(value, fields[key], f"{prefix}{key}.", where)
-
-
-def _unknown(key: str, prefix: str, fields: dict[str, Any], where: str) -> str:
-    leaf = key.rpartition(".")[2]
-    near = difflib.get_close_matches(leaf, fields, n=1)
-    known = [k for k in flatten(dataclasses.asdict(StageConfig())) if k.endswith(f".{leaf}")]
-    if near:
-        hint = f"did you mean {prefix}{near[0]}?"
-    elif known:
-        hint = f"did you mean {known[0]}?"
+    if key in _REMOVED:
+        return _refuse_other_than(key, value, _REMOVED[key])
+    *parents, leaf = _RENAMED.get(key, key).split(".")
+    inner: Any = values
+    for i, part in enumerate(parents):
+        if isinstance(inner, list):
+            inner = inner[_entry(inner, part, ".".join(parents[:i]))]
+        elif isinstance(inner, dict):
+            if inner.get(part) is None:
+                inner[part] = {}
+            inner = inner[part]
+    if isinstance(inner, list):
+        inner[_entry(inner, leaf, ".".join(parents))] = value
+    elif isinstance(inner, dict):
+        _merge(inner, {leaf: value})
     else:
-        hint = f"known here: {', '.join(fields)}."
+        raise UserError(_unknown(key, where))
+    return None
+
+
+def _entry(entries: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(entries):
+        raise UserError(f"{key} must have an entry {part}, but it has none.")
+    return int(part)
+
+
+def _checked(values: dict[str, Any], where: str) -> StageConfig:
+    try:
+        return StageConfig.model_validate(values)
+    except ValidationError as error:
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise UserError(_sentence(errors[0], where)) from error
+
+
+def _sentence(error: Any, where: str) -> str:
+    """Return pydantic's error as one sentence: the key, what must hold and what came."""
+    key, context = ".".join(map(str, error["loc"])), error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return _unknown(key, where)
+    if isinstance(context.get("error"), UserError):
+        return str(context["error"])
+    if error["type"] == "value_error":
+        wanted = str(context["error"])
+    elif error["type"] == "literal_error":
+        choices = re.findall(r"[\w.]+", context["expected"].replace(" or ", " "))
+        wanted = f"one of {', '.join(choices)}"
+    else:
+        known = _MUST_BE.get(error["type"])
+        wanted = known.format(**context) if known else error["msg"]
+    came = "" if error["type"] == "missing" else f", got {error['input']!r}"
+    return f"{key} must be {wanted}{came}."
+
+
+def _unknown(key: str, where: str) -> str:
+    """Return the sentence on a key that is not known, with the nearest one that is."""
+    parent, _, leaf = key.rpartition(".")
+    fields = _fields_of(parent.split(".") if parent else [])
+    elsewhere = [k for k in flatten(StageConfig().model_dump()) if k.endswith(f".{leaf}")]
+    if near := difflib.get_close_matches(leaf, fields, n=1):
+        hint = f"did you mean {f'{parent}.' if parent else ''}{near[0]}?"
+    elif elsewhere:
+        hint = f"did you mean {elsewhere[0]}?"
+    else:
+        hint = f"known here: {', '.join(fields) or 'no keys, as this is a value'}."
     return f"unknown key {key} in {where}: {hint}"
+
+
+def _fields_of(parts: list[str]) -> list[str]:
+    """Return the keys of a section, none for a value."""
+    section: type[Section] | None = StageConfig
+    for part in parts:
+        if section is not None and not part.isdigit():  # a number is an entry of a list
+            section = _section_in(section.model_fields[part].annotation)
+    return [] if section is None else list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = map(_section_in, typing.get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a section."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key} stands twice in it")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that ``_Loader`` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):  # PyYAML takes 1e-4 for text, as YAML 1.1 had it
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        [*"-+.0123456789"],
+    )

@@ -121,7 +121,7 @@ class Distillation(nn.Module):
         Returns:
             One for each.
         """
-        outputs = [self.teacher(batch.global_crops, batch.masked) for batch in batches]
+        outputs = [self.teacher(batch.global_crops, batch.mask_indices) for batch in batches]
         with _without_autocast(batches[0].global_crops):
             cls = sinkhorn_knopp(torch.cat([o.dino_global for o in outputs]), self.teacher_temp)
             patches = sinkhorn_knopp(torch.cat([o.ibot for o in outputs]), self.teacher_temp)
@@ -153,7 +153,7 @@ class Distillation(nn.Module):
             targets = self.targets([batch])[0]
         out = self.student_forward(
             batch.global_crops,
-            batch.masked,
+            batch.mask_indices,
             masks=batch.masks,
             local_crops=batch.local_crops,
             generator=generator,
@@ -184,7 +184,7 @@ class Distillation(nn.Module):
             "koleo": torch.stack(
                 [self.koleo_loss(cls) for cls in out.cls_global.chunk(crops)]
             ).mean(),
-            "ibot": self.ibot_loss(out.ibot, targets.patches, batch.masks, batch.masked),
+            "ibot": self.ibot_loss(out.ibot, targets.patches, batch.masks, batch.mask_indices),
         }
         if self.options.gram:
             losses["gram"] = (

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +47,6 @@ class ProjectionHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (..., K) of tokens (..., D)."""
+    def forward(self, tokens: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens prototype"]:
+        """Return the logits of tokens."""
         return self.last_layer(F.normalize(self.mlp(tokens), dim=-1))

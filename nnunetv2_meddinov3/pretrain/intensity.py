@@ -20,7 +20,7 @@ def intensity_of(config: StageConfig) -> dict[str, Any]:
         "clip": [float(v) for v in intensity.clip_hu],
         "mean": float(intensity.mean_hu),
         "std": float(intensity.std_hu),
-        "values": sorted(config.data.values),
+        "values": sorted(config.data.modalities),
     }
 
 
@@ -81,15 +81,15 @@ def check_store(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Non
     kinds: Counter[str] = Counter()
     for each in counted.to_pylist():
         kinds[_kind(each["modality"], each["windowed"])] += each["count_all"]
-    foreign = {kind: count for kind, count in kinds.items() if kind not in config.data.values}
+    foreign = {kind: count for kind, count in kinds.items() if kind not in config.data.modalities}
     if foreign:
         named = " and ".join(f"{n} of {KINDS[kind]}" for kind, n in sorted(foreign.items()))
-        wanted = ",".join([*config.data.values, *sorted(foreign)])
+        wanted = ",".join([*config.data.modalities, *sorted(foreign)])
         raise UserError(
             "the intensity contract of this run is "
-            f"{' and '.join(KINDS[k] for k in config.data.values)}, but {store.path} holds "
+            f"{' and '.join(KINDS[k] for k in config.data.modalities)}, but {store.path} holds "
             f"{len(rows)} slices, {named}: curate these into another store, or train on them too "
-            f"with 'data.values=[{wanted}]'."
+            f"with 'data.modalities=[{wanted}]'."
         )
 
 

@@ -1,11 +1,16 @@
-"""From a slice store to the micro-batches of each step, in the same order on any machine."""
+"""From a slice store to the micro-batches of each step, in the same order on any machine.
+
+Which slices a step sees is a function of seed, stage and step, whatever rank or worker asks.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-from collections.abc import Iterator
-from typing import Any
+import multiprocessing
+import weakref
+from collections.abc import Generator, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,35 +21,38 @@ from torch.utils.data import DataLoader, Dataset
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.intensity import check_store
-from nnunetv2_meddinov3.pretrain.monitor.features import fixed_slices, spread_rows
-from nnunetv2_meddinov3.pretrain.sampling import Group, Sampler
+from nnunetv2_meddinov3.pretrain.monitor.tracker import fixed_slices, spread_rows
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
+from nnunetv2_meddinov3.signals import leave_stopping_to_the_parent
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.reader import SliceStore
+
+# the last number of a seed says what is drawn, so that nothing is drawn twice
+_EPOCH, _RESOLUTION, _VIEWS = range(3)
 
 
 def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
     """Open the store of a config and return the rows that are trained on.
 
     Raises:
-        UserError: If there is none, it has no such part, or it cannot be trained on.
+        UserError: If there is no store, it has no such split, or it cannot be trained on.
     """
     if not config.data.store:
         raise UserError("pretraining needs a slice store: give --store DIR (`meddinov3 curate`).")
     store = SliceStore(config.data.store)
     rows = np.arange(len(store))
-    if config.data.part is not None:
-        rows = _part(store, config.data.part)
+    if config.data.split is not None:
+        rows = _rows_of_split(store, config.data.split)
     check_store(store, rows, config)
     return store, rows
 
 
-def _part(store: SliceStore, name: str) -> np.ndarray:
+def _rows_of_split(store: SliceStore, name: str) -> np.ndarray:
     path = store.path / layout.SPLITS
     if not path.is_file():
         raise UserError(
-            f"data.part={name} needs a split of the store, but {store.path} has none: make one "
+            f"data.split={name} needs a split of the store, but {store.path} has none: make one "
             f"with `meddinov3 store split {store.path} {name}=0.9 rest=0.1`."
         )
     try:
@@ -52,9 +60,11 @@ def _part(store: SliceStore, name: str) -> np.ndarray:
     except layout.Damaged as error:
         raise UserError(f"{path} {error}: split the store again.") from error
     if split["records_sha256"] != store.records_sha256:
-        raise UserError(f"{path} must be of the store as it is, but is older: split it again.")
+        raise UserError(
+            f"{path} must be of the store as it is now, but it is older: split the store again."
+        )
     if name not in split["rows"]:
-        raise UserError(f"data.part must be one of {', '.join(split['rows'])}, got {name}.")
+        raise UserError(f"data.split must be one of {', '.join(split['rows'])}, got {name}.")
     return np.array(split["rows"][name], dtype=np.int64)
 
 
@@ -66,7 +76,8 @@ def slices_to_follow(store: SliceStore, rows: np.ndarray, config: StageConfig) -
     """
     chosen = spread_rows(_volumes(store, rows), store.rows["body_fraction"].to_numpy()[rows])
     images = [store.image(int(rows[place])) for place in chosen]
-    return fixed_slices(images, tuple(config.intensity.clip_hu))
+    low, high = config.intensity.clip_hu
+    return fixed_slices(images, (low, high))
 
 
 def _volumes(store: SliceStore, rows: np.ndarray) -> np.ndarray:
@@ -75,8 +86,78 @@ def _volumes(store: SliceStore, rows: np.ndarray) -> np.ndarray:
     return np.asarray(names.indices)[rows]
 
 
+class Group(NamedTuple):
+    """Some images of a step, the unit in which slices, views and masks are drawn.
+
+    Attributes:
+        rows: Of the store.
+        resolution: Number of the config's resolution, the same for a whole step.
+        seed: For the views and masks.
+    """
+
+    rows: tuple[int, ...]
+    resolution: int
+    seed: tuple[int, ...]
+
+
+class Sampler:
+    """Deals the rows of a store to the groups of steps, epoch after epoch.
+
+    In an epoch every row comes once, but for a remainder smaller than a group. The slices of a
+    volume are spread evenly over it: neighbours in one group would be near duplicates, which KoLeo
+    pushes apart without end.
+
+    Args:
+        rows: (n,) numbers of the rows.
+        volumes: (n,) number of the volume of each.
+        config: Of the stage.
+    """
+
+    def __init__(self, rows: np.ndarray, volumes: np.ndarray, config: StageConfig) -> None:
+        self.rows, self.volumes = np.asarray(rows), np.asarray(volumes)
+        self.size = config.losses.koleo_group
+        self.groups_per_step = config.optim.batch_size // self.size
+        self.groups_per_epoch = len(self.rows) // self.size
+        self._key = (config.optim.seed, config.stage)
+        shares = np.array([each.probability for each in config.crops.resolutions])
+        self._shares = shares / shares.sum()
+        self._epoch = lru_cache(maxsize=2)(self._order)
+
+    def group(self, step: int, index: int) -> Group:
+        """Return a group of a step.
+
+        Args:
+            step: From 0.
+            index: From 0 to ``groups_per_step - 1``.
+        """
+        epoch, place = divmod(step * self.groups_per_step + index, self.groups_per_epoch)
+        rows = self._epoch(epoch)[place * self.size : (place + 1) * self.size]
+        return Group(
+            tuple(map(int, rows)), self.resolution(step), (*self._key, step, index, _VIEWS)
+        )
+
+    def resolution(self, step: int) -> int:
+        """Return which of the config's resolutions a step has."""
+        generator = np.random.default_rng((*self._key, step, _RESOLUTION))
+        return int(generator.choice(len(self._shares), p=self._shares))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch: the k-th slice of a volume's n falls in its k-th part."""
+        generator = np.random.default_rng((*self._key, epoch, _EPOCH))
+        shuffled = generator.permutation(len(self.rows))
+        volumes = self.volumes[shuffled]
+        by_volume = np.argsort(volumes, kind="stable")
+        _, first, counts = np.unique(volumes[by_volume], return_index=True, return_counts=True)
+        place = np.empty(len(shuffled))
+        place[by_volume] = np.arange(len(shuffled)) - np.repeat(first, counts)
+        share = np.empty(len(shuffled))
+        share[by_volume] = np.repeat(counts, counts)
+        position = (place + generator.random(len(shuffled))) / share
+        return self.rows[shuffled[np.argsort(position, kind="stable")]]
+
+
 class _Failure(str):
-    """A user's mistake met by a worker, which would arrive wrapped in a traceback."""
+    """A user's mistake in a worker; raised there, it would arrive wrapped in a traceback."""
 
 
 class _Groups(Dataset):
@@ -94,7 +175,8 @@ class _Groups(Dataset):
 
 
 def _views(slices: Slices, group: Group, config: StageConfig) -> ViewBatch:
-    return make_views(slices, config.crops.resolutions[group.resolution], config, group.seed)
+    resolution = config.crops.resolutions[group.resolution]
+    return make_views(slices, resolution, config, tuple(group.seed))  # pinning makes it a list
 
 
 class SliceLoader:
@@ -133,8 +215,10 @@ class SliceLoader:
         self._dataset = _Groups(store, config, makes_views=not on_device)
         self._pinned = device.type == "cuda"
 
-    def iterate(self, start_step: int = 0) -> Iterator[list[ViewBatch]]:
+    def iterate(self, start_step: int = 0) -> Generator[list[ViewBatch], None, None]:
         """Yield the micro-batches of each step up to the last, on the device.
+
+        Closing the iterator ends the workers.
 
         Raises:
             UserError: If a slice cannot be read.
@@ -165,7 +249,8 @@ class SliceLoader:
             num_workers=data.workers,
             prefetch_factor=data.prefetch if data.workers else None,
             pin_memory=self._pinned,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=_start_worker,
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it draws from the global one
         )
 
@@ -178,15 +263,14 @@ class SliceLoader:
         return _views(content.to(self.device), group, self.config).to(self.device)
 
 
-def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """Ignore what ends a run, in a worker.
+def _start_worker(_: int) -> None:
+    """Leave signals to the main process, which finishes its step with living workers."""
+    leave_stopping_to_the_parent()
 
-    SLURM and systemd signal every process of a job. The main one finishes its step and saves,
-    which takes workers that live; they end with ``_Items.close``, or when the main one is gone.
-    """
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if number := getattr(signal, name, None):  # Windows lacks SIGUSR1
-            signal.signal(number, signal.SIG_IGN)
+
+def _as_it_is(item: Any) -> Any:
+    """Keep the tuples of a group, which a DataLoader would make lists."""
+    return item
 
 
 class _Order:
@@ -208,14 +292,19 @@ class _Items:
     """The items of a DataLoader, whose workers end with ``close``."""
 
     def __init__(self, loader: DataLoader) -> None:
-        self._iterator = iter(loader)
+        before = set(multiprocessing.active_children())
+        self._iterator: Iterator[Any] | None = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - before
 
     def next(self) -> Any:
+        assert self._iterator is not None
         return next(self._iterator)
 
     def close(self) -> None:
-        if shutdown := getattr(self._iterator, "_shutdown_workers", None):
-            shutdown()
-            for worker in self._iterator._workers:
-                if worker.is_alive():  # stuck, and deaf to the SIGTERM it was sent
-                    worker.kill()
+        """Let go of the iterator, at which a DataLoader ends its workers."""
+        iterator, self._iterator = weakref.ref(self._iterator), None
+        if iterator() is not None:
+            return  # an error on its way up still holds it, and lets go of it at its end
+        for worker in self._workers:
+            if worker.is_alive():  # stuck, and deaf to the SIGTERM it was sent
+                worker.kill()

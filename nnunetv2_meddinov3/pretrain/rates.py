@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nnunetv2_meddinov3.pretrain.config import StageConfig, effective_lr_factor
-from nnunetv2_meddinov3.pretrain.schedules import value_at
+from nnunetv2_meddinov3.pretrain.config import StageConfig
+from nnunetv2_meddinov3.pretrain.schedules import schedules_of
 
 
 class Rates(NamedTuple):
@@ -22,14 +22,5 @@ class Rates(NamedTuple):
 
 def rates_at(config: StageConfig, step: int) -> Rates:
     """Return the value of every schedule at a step, learning rates scaled to the batch."""
-    optim, losses, total = config.optim, config.losses, config.optim.steps
-    lr = value_at(optim.lr, step, total) * effective_lr_factor(config)
-    return Rates(
-        lr=lr,
-        last_layer_lr=0.0 if step < optim.freeze_last_layer_steps else lr,
-        weight_decay=value_at(optim.weight_decay, step, total),
-        momentum=value_at(optim.momentum, step, total),
-        teacher_temp=value_at(losses.teacher_temp, step, total),
-        local_weight=value_at(losses.local_weight, step, total),
-        gram_weight=value_at(losses.gram.weight, step, total) if losses.gram.weight else 0.0,
-    )
+    schedules = schedules_of(config)
+    return Rates(**{name: float(getattr(schedules, name)[step]) for name in Rates._fields})

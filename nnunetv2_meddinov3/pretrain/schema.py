@@ -1,10 +1,21 @@
-"""What a stage's config may say: one dataclass per section, a meaning and a unit for every field.
+"""What a stage's config may say: a model per section, with meanings, units, defaults and rules.
 
-Sections down to ``optim`` decide results; ``data`` and ``engine`` say where things lie and how fast
-they go, and should not affect results. A *step* is one optimiser step, from 0 in each stage.
+The defaults are those of stage 1 for a ViT-B (``configs/stage1.yaml``, which has their sources). A
+*step* is one optimiser step, from 0 in each stage. ``MAY_CHANGE`` of a section names the keys that
+may differ when a run is resumed; all others change results.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.architecture import SIZES
 
 KINDS = {
     "hu": "CT in HU",
@@ -12,10 +23,60 @@ KINDS = {
     "mr": "MR, mapped to 0..16384",
     "unknown": "values of unknown meaning",
 }
+GLOBAL_CROPS = 2  # of an image, as in every DINO
 
 
-@dataclass
-class Schedule:
+def _ordered(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
+    """Return a rule for a range: two numbers in order between two bounds."""
+
+    def check(values: list[float]) -> list[float]:
+        if len(values) != 2 or not low <= values[0] <= values[1] <= high:
+            raise ValueError(f"two numbers in order, from {low:g} to {high:g}")
+        return values
+
+    return AfterValidator(check)
+
+
+def _three(values: list[float]) -> list[float]:
+    if len(values) != 3:
+        raise ValueError("three numbers: first global, second global, local crops")
+    return values
+
+
+def _size(value: str) -> str:
+    if value not in SIZES:
+        raise ValueError(f"one of {', '.join(SIZES)}")
+    return value
+
+
+def _gram_source(value: str) -> str:
+    if value.startswith("previous") and not re.fullmatch(r"previous(@\d+)?", value):
+        raise ValueError("previous or previous@STEP, with a whole number")
+    return value
+
+
+def _text(value: object) -> object:
+    """Take a folder or a name that YAML reads as a number for what it is."""
+    return str(value) if type(value) in (int, float) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Range = Annotated[list[float], _ordered()]
+PositiveRange = Annotated[list[float], _ordered(0)]
+AreaRange = Annotated[list[float], _ordered(1e-3, 1)]
+
+
+class Section(BaseModel):
+    """A part of a config; unknown keys, other types and infinite numbers are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+
+
+class Schedule(Section):
     """A value over the steps of a stage: linear, then cosine, then constant.
 
     Linear from ``start`` to ``peak`` over ``warmup_steps`` (the first step has ``start``, ``peak``
@@ -26,45 +87,45 @@ class Schedule:
     start: float
     peak: float
     end: float
-    warmup_steps: int = 0
-    cosine_steps: int | None = None  # None: all that is left
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    cosine_steps: Annotated[int, Field(ge=0)] | None = None  # None: all that is left
 
 
-@dataclass
-class Model:
+def _constant(value: float) -> Schedule:
+    return Schedule(start=value, peak=value, end=value, cosine_steps=0)
+
+
+class Model(Section):
     """The ViT. With pretrained weights the architecture is theirs; this is for fresh ones."""
 
-    size: str = "vit_base"
-    input_channels: int = 3  # one slice is repeated; 1 sums a pretrained stem's kernels
+    size: Annotated[str, AfterValidator(_size)] = "vit_base"
+    input_channels: Literal[1, 3] = 3  # one slice is repeated; 1 sums a pretrained stem's kernels
     qkv_bias: bool = True
-    norm_eps: float = 1e-6
-    rope_dtype: str = "fp32"
-    drop_path: float = 0.2  # share of images that skip a branch, the same for every block
+    norm_eps: Positive = 1e-6
+    rope_dtype: Literal["fp32", "bf16"] = "fp32"
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of images that skip a branch
     rope_shift: float | None = None  # add U(-s, s) to each axis
     rope_jitter: float | None = None  # multiply each axis by exp(U(-ln j, ln j))
     rope_rescale: float | None = 2.0  # multiply both axes by one exp(U(-ln r, ln r))
 
 
-@dataclass
-class Head:
+class Head(Section):
     """A projection head: D -> hidden -> ... -> bottleneck, normalised, -> prototypes."""
 
-    prototypes: int = 65536
-    hidden_dim: int = 2048
-    bottleneck_dim: int = 256
-    layers: int = 3
+    prototypes: Count = 65536
+    hidden_dim: Count = 2048
+    bottleneck_dim: Count = 256
+    layers: Count = 3
 
 
-@dataclass
-class Heads:
+class Heads(Section):
     """The two heads, which share nothing."""
 
-    dino: Head = field(default_factory=Head)
-    ibot: Head = field(default_factory=Head)
+    dino: Head = Head()
+    ibot: Head = Head()
 
 
-@dataclass
-class Init:
+class Init(Section):
     """Where a stage starts.
 
     Attributes:
@@ -75,210 +136,244 @@ class Init:
         optimizer: Whether the state of AdamW is continued too.
     """
 
-    source: str = "none"
-    student: str = "student"
+    source: Text = "timm:vit_base_patch16_dinov3.lvd1689m"
+    student: Literal["student", "teacher"] = "student"
     optimizer: bool = False
 
 
-@dataclass
-class Gram:
+class Gram(Section):
     """Gram anchoring (DINOv3, sec. 4.2).
 
-    Attributes:
-        weight: None for a stage without it.
-        teacher: Where the Gram teacher comes from: any weights, ``ema`` (the teacher itself, no
-            Gram crops), ``init`` (the backbone this stage starts from), ``previous`` (the last
-            stage's teacher at its end), ``previous@STEP`` (its teacher exported at that step) or
-            ``retained`` (the last stage's Gram teacher).
-        remove_negatives: Whether negative similarities count as 0.
-        refresh_every: Copy the teacher into the Gram teacher every so many steps; None: never.
-        refresh_from: First step at which it may be copied.
-        max_refreshes: How often at most; None: without limit.
+    Its teacher is any weights, ``ema`` (the teacher itself, no Gram crops), ``init`` (the backbone
+    this stage starts from), ``previous`` (the last stage's teacher at its end), ``previous@STEP``
+    (its teacher exported at that step) or ``retained`` (the last stage's Gram teacher).
     """
 
-    weight: Schedule | None = None
-    teacher: str = "ema"
-    remove_negatives: bool = False
-    refresh_every: int | None = None
-    refresh_from: int = 0
-    max_refreshes: int | None = None
+    weight: Schedule | None = None  # None: a stage without it
+    teacher: Annotated[Text, AfterValidator(_gram_source)] = "ema"
+    refresh_every: Count | None = None  # copy the teacher into it every so many steps; None: never
+    refresh_from: Annotated[int, Field(ge=0)] = 0  # first step at which it may be copied
+    max_refreshes: Count | None = None  # None: without limit
 
 
-@dataclass
-class Losses:
+class Losses(Section):
     """Weights and temperatures of the losses."""
 
     dino_weight: float = 1.0
-    local_weight: Schedule = field(default_factory=lambda: Schedule(1.0, 1.0, 1.0))
+    local_weight: Schedule = _constant(1)
     ignore_diagonal: bool = True
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
-    koleo_group: int = 16  # images; neighbours are searched, and masks are drawn, in such groups
-    student_temp: float = 0.1
-    teacher_temp: Schedule = field(default_factory=lambda: Schedule(0.07, 0.07, 0.07))
-    gram: Gram = field(default_factory=Gram)
+    # images; neighbours are searched, and masks are drawn, in such groups
+    koleo_group: Annotated[int, Field(ge=2)] = 16
+    student_temp: Positive = 0.1
+    teacher_temp: Schedule = Schedule(
+        start=0.04, peak=0.07, end=0.07, warmup_steps=30_000, cosine_steps=0
+    )
+    gram: Gram = Gram()
 
 
-@dataclass
-class Masks:
+class Masks(Section):
     """Which patches the student does not see."""
 
-    probability: float = 0.5  # share of global crops with a mask
-    ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # share of their patches
+    probability: Share = 0.5  # share of global crops with a mask
+    ratio: Annotated[list[float], _ordered(0, 0.5)] = [0.1, 0.5]  # share of their patches
 
 
-@dataclass
-class Resolution:
+class Resolution(Section):
     """One combination of crop sizes in pixels; each step draws one."""
 
     global_size: int
     local_size: int
     gram_size: int | None = None
-    probability: float = 1.0
+    probability: Share = 1.0
 
 
-@dataclass
-class Crops:
-    """Geometry of the views."""
+class Crops(Section):
+    """Geometry of the views: two global crops of an image and some local ones."""
 
-    resolutions: list[Resolution] = field(default_factory=lambda: [Resolution(256, 112)])
-    global_crops: int = 2
-    local_crops: int = 8
-    global_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # share of the area
-    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
-    aspect_ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
-    horizontal_flip: float = 0.5  # probability
+    resolutions: Annotated[list[Resolution], Field(min_length=1)] = [
+        Resolution(global_size=256, local_size=112)
+    ]
+    local_crops: Count = 8
+    global_scale: AreaRange = [0.32, 1.0]  # share of the slice's area
+    local_scale: AreaRange = [0.05, 0.32]
+    aspect_ratio: Annotated[list[float], _ordered(0.1, 10)] = [0.75, 4 / 3]
+    horizontal_flip: Share = 0.5  # probability
 
 
-@dataclass
-class Intensity:
+def _two_different(values: list[float]) -> list[float]:
+    if values[0] == values[1]:
+        raise ValueError("two different numbers")
+    return values
+
+
+class Intensity(Section):
     """The intensity contract: what a network that was trained here expects of its input."""
 
-    clip_hu: list[float] = field(default_factory=lambda: [-1000.0, 1000.0])
+    clip_hu: Annotated[Range, AfterValidator(_two_different)] = [-1000.0, 1000.0]
     mean_hu: float = 65.1084213256836
-    std_hu: float = 178.01663208007812
+    std_hu: Positive = 178.01663208007812
 
 
-@dataclass
-class Augment:
+class Augment(Section):
     """Photometric changes of a view, in HU before normalisation; each drawn for each crop.
 
     ``*_probability`` is the share of crops that are changed. Gram crops are never changed.
     """
 
-    window_probability: float = 0.5
-    window_level_hu: list[float] = field(default_factory=lambda: [-200.0, 200.0])
-    window_width_hu: list[float] = field(default_factory=lambda: [400.0, 2000.0])
-    contrast_probability: float = 0.5
-    contrast: list[float] = field(default_factory=lambda: [0.75, 1.25])  # factor about the mean
-    brightness_hu: list[float] = field(default_factory=lambda: [-50.0, 50.0])  # added with it
-    gamma_probability: float = 0.2
-    gamma: list[float] = field(default_factory=lambda: [0.7, 1.5])
-    blur_probability: list[float] = field(default_factory=lambda: [0.0, 0.9, 0.5])
-    blur_sigma_pixels: list[float] = field(default_factory=lambda: [0.1, 2.0])
-    noise_probability: float = 0.1
-    noise_sd_hu: list[float] = field(default_factory=lambda: [0.0, 50.0])
-    low_resolution_probability: float = 0.1
-    low_resolution: list[float] = field(default_factory=lambda: [0.5, 1.0])  # zoom factor
+    window_probability: Share = 0.5
+    window_level_hu: Range = [-200.0, 200.0]
+    window_width_hu: Annotated[list[float], _ordered(1)] = [400.0, 2000.0]
+    contrast_probability: Share = 0.15
+    contrast: PositiveRange = [0.75, 1.25]  # factor about the mean
+    brightness_hu: Range = [-50.0, 50.0]  # added with it
+    gamma_probability: Share = 0.1
+    gamma: Annotated[list[float], _ordered(1e-2)] = [0.7, 1.5]
+    # of the first global, the second global and the local crops
+    blur_probability: Annotated[list[Share], AfterValidator(_three)] = [0.0, 0.9, 0.5]
+    blur_sigma_pixels: PositiveRange = [0.1, 2.0]
+    noise_probability: Share = 0.1
+    noise_sd_hu: PositiveRange = [0.0, 50.0]
+    low_resolution_probability: Share = 0.25
+    low_resolution: Annotated[list[float], _ordered(1e-2, 1)] = [0.5, 1.0]  # zoom factor
 
 
-@dataclass
-class Optim:
+class Optim(Section):
     """AdamW and what changes over the steps. Learning rates hold for a batch of 512 images."""
 
-    steps: int = 100_000
-    batch_size: int = 512  # images per step, all ranks and micro-batches together
-    lr: Schedule = field(default_factory=lambda: Schedule(0.0, 2e-4, 2e-4))
-    weight_decay: Schedule = field(default_factory=lambda: Schedule(0.04, 0.04, 0.04))
-    momentum: Schedule = field(default_factory=lambda: Schedule(0.994, 0.994, 0.994))  # of the EMA
-    freeze_last_layer_steps: int = 0
-    layerwise_decay: float = 0.9
+    steps: Count = 100_000
+    # images per step, all ranks and micro-batches together
+    batch_size: Annotated[int, Field(ge=2)] = 512
+    lr: Schedule = Schedule(start=0, peak=2e-4, end=2e-4, warmup_steps=30_000, cosine_steps=0)
+    weight_decay: Schedule = _constant(0.04)
+    momentum: Schedule = _constant(0.994)  # of the EMA
+    freeze_last_layer_steps: Annotated[int, Field(ge=0)] = 3000
+    layerwise_decay: Positive = 0.9
     patch_embed_lr_multiplier: float = 0.2
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    clip_grad: float = 3.0  # L2, of backbone and of each head alone
+    betas: Annotated[list[float], _ordered(0, 1)] = [0.9, 0.999]
+    clip_grad: Positive = 3.0  # L2, of backbone and of each head alone
     seed: int = 0
 
 
-@dataclass
-class Data:
-    """The slice store and how it is read.
+class Data(Section):
+    """The slice store and how it is read."""
 
-    Attributes:
-        store: Folder of ``meddinov3 curate``.
-        values: Kinds of slices that may be trained on: ``hu`` (CT in HU), ``windowed`` (8-bit
-            grey), ``mr``. A store with another kind is refused.
-        part: Name of a part of ``meddinov3 store split``; None for all slices.
-        workers: Processes that read slices, on each rank.
-        prefetch: Groups of images that each of them keeps ready.
-        views_on: ``auto`` (the GPU if there is one, else the workers), ``device`` or ``workers``.
-    """
+    MAY_CHANGE = frozenset({"store", "workers", "prefetch", "views_on"})  # slices are compared
 
-    store: str | None = None
-    values: list[str] = field(default_factory=lambda: ["hu"])
-    part: str | None = None
-    workers: int = 4
-    prefetch: int = 4
-    views_on: str = "auto"
+    store: Text | None = None  # folder of `meddinov3 curate`
+    # kinds of slices that may be trained on (KINDS); a store with another kind is refused
+    modalities: Annotated[list[Literal["hu", "windowed", "mr", "unknown"]], Field(min_length=1)] = [
+        "hu"
+    ]
+    split: Text | None = None  # name of a part of `meddinov3 store split`; None: all slices
+    workers: Annotated[int, Field(ge=0)] = 8  # processes that read slices, on each rank
+    prefetch: Count = 4  # groups of images that each of them keeps ready
+    # where crops are made; auto: on the GPU if there is one, else by the workers
+    views_on: Literal["auto", "device", "workers"] = "auto"
 
 
-@dataclass
-class Engine:
+class Engine(Section):
     """How it runs.
 
-    Attributes:
-        device: ``auto``, ``cpu`` or ``cuda``.
-        micro_batch: Images per rank that are forwarded at once; None for all of a step.
-        precision: ``auto`` (bf16 on a GPU that has it, else fp32), ``bf16`` or ``fp32``.
-        parallel: ``ddp`` or ``fsdp2``.
-        compile: ``auto`` (on a GPU), ``always`` or ``never``; each block by itself.
-        activation_checkpointing: Recompute the student's blocks in the backward pass.
-        save_every: Steps between two checkpoints.
-        keep_last: Checkpoints that stay.
-        keep_every: Checkpoints at multiples of this stay for good; None: none.
-        export_at: Steps at which the teacher is exported beside the end of the stage.
-        log_every: Steps between two lines of the log.
-        health_every: Steps between two checks of health.
-        report_every: Steps between two report.html; None: at the end alone.
-        probe_every: Steps between two probes; None: never.
-        probe_dataset: Labelled nnU-Net raw dataset for them.
-        max_bad_steps: Steps in a row that may be skipped for numbers that are not finite.
-        tensorboard: Write TensorBoard events too.
-        wandb: Project of Weights & Biases to log to; None: do not.
+    ``parallel``, ``micro_batch`` and ``activation_checkpointing`` may change when a run is resumed:
+    losses and gradients stay the same but for rounding and for what the student draws.
     """
 
-    device: str = "auto"
-    micro_batch: int | None = None
-    precision: str = "auto"
-    parallel: str = "ddp"
-    compile: str = "auto"
-    activation_checkpointing: bool = False
-    save_every: int = 1000
-    keep_last: int = 2
-    keep_every: int | None = None
-    export_at: list[int] = field(default_factory=list)
-    log_every: int = 10
-    health_every: int = 100
-    report_every: int | None = None
-    probe_every: int | None = None
-    probe_dataset: str | None = None
-    max_bad_steps: int = 3
-    tensorboard: bool = False
-    wandb: str | None = None
+    MAY_CHANGE = frozenset(
+        {"micro_batch", "parallel", "activation_checkpointing", "max_bad_steps", "export_at"}
+        | {"save_every", "keep_last", "keep_every", "log_every", "health_every", "report_every"}
+        | {"probe_every", "probe_dataset", "tensorboard", "wandb"}
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    micro_batch: Count | None = 64  # images per rank that are forwarded at once; None: all
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU that has it
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    compile: Literal["auto", "always", "never"] = "auto"  # each block; auto: on a GPU
+    activation_checkpointing: bool = False  # recompute the student's blocks in the backward pass
+    save_every: Count = 1000  # steps between two checkpoints
+    keep_last: Count = 2  # checkpoints that stay
+    keep_every: Count | None = 10_000  # those at multiples of this stay for good; None: none
+    export_at: list[int] = [20_000]  # steps at which the teacher is exported, besides the end
+    log_every: Count = 10  # steps between two lines of the log
+    health_every: Count = 100  # steps between two checks of health
+    report_every: Count | None = 5000  # steps between two report.html; None: at the end alone
+    probe_every: Count | None = None  # steps between two probes; None: never
+    probe_dataset: Text | None = None  # labelled nnU-Net raw dataset for them
+    max_bad_steps: Count = 3  # in a row that may be skipped for numbers that are not finite
+    tensorboard: bool = False  # write TensorBoard events too
+    wandb: Text | None = None  # project of Weights & Biases to log to
 
 
-@dataclass
-class StageConfig:
+class StageConfig(Section):
     """One stage."""
 
-    stage: int = 1
-    init: Init = field(default_factory=Init)
-    model: Model = field(default_factory=Model)
-    heads: Heads = field(default_factory=Heads)
-    losses: Losses = field(default_factory=Losses)
-    masks: Masks = field(default_factory=Masks)
-    crops: Crops = field(default_factory=Crops)
-    intensity: Intensity = field(default_factory=Intensity)
-    augment: Augment = field(default_factory=Augment)
-    optim: Optim = field(default_factory=Optim)
-    data: Data = field(default_factory=Data)
-    engine: Engine = field(default_factory=Engine)
+    stage: Literal[1, 2, 3] = 1
+    init: Init = Init()
+    model: Model = Model()
+    heads: Heads = Heads()
+    losses: Losses = Losses()
+    masks: Masks = Masks()
+    crops: Crops = Crops()
+    intensity: Intensity = Intensity()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    data: Data = Data()
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _rules_between_sections(self) -> StageConfig:
+        for rules in (_sizes, _schedules):
+            for key, value, wanted in rules(self):
+                raise UserError(f"{key} must be {wanted}, got {value}.")
+        return self
+
+
+Broken = tuple[str, object, str]  # key, what came, what must hold
+
+
+def _sizes(c: StageConfig) -> Iterator[Broken]:
+    patch, gram = SIZES[c.model.size].patch_size, c.losses.gram
+    needs_gram_crops = gram.weight is not None and gram.teacher != "ema"
+    for i, each in enumerate(c.crops.resolutions):
+        key = f"crops.resolutions.{i}"
+        for name in ("global_size", "local_size", "gram_size"):
+            size = getattr(each, name)
+            if size is not None and (size < 2 * patch or size % patch):
+                yield f"{key}.{name}", size, f"a multiple of {patch} pixels, at least {2 * patch}"
+        if each.local_size > each.global_size:
+            wanted = f"at most its global_size {each.global_size}"
+            yield f"{key}.local_size", each.local_size, wanted
+        if needs_gram_crops and each.gram_size is None:
+            yield f"{key}.gram_size", "none", "a size in pixels where there is a Gram teacher"
+    total = sum(each.probability for each in c.crops.resolutions)
+    if not math.isclose(total, 1, abs_tol=1e-6):
+        yield "crops.resolutions", f"a sum of {total:g}", "probabilities that sum to 1"
+    batch, group = c.optim.batch_size, c.losses.koleo_group
+    if batch % group:
+        yield "optim.batch_size", batch, f"a multiple of losses.koleo_group={group}"
+    if c.engine.probe_every and not c.engine.probe_dataset:
+        wanted = "a labelled nnU-Net raw dataset where probe_every is set"
+        yield "engine.probe_dataset", "none", wanted
+
+
+def _schedules(c: StageConfig) -> Iterator[Broken]:
+    rules: dict[str, tuple[Schedule | None, Callable[[float], bool], str]] = {
+        "optim.lr": (c.optim.lr, lambda v: v >= 0, "at least 0"),
+        "optim.weight_decay": (c.optim.weight_decay, lambda v: v >= 0, "at least 0"),
+        "optim.momentum": (c.optim.momentum, lambda v: 0 <= v <= 1, "between 0 and 1"),
+        "losses.teacher_temp": (c.losses.teacher_temp, lambda v: v > 0, "above 0"),
+        "losses.local_weight": (c.losses.local_weight, lambda v: v >= 0, "at least 0"),
+        "losses.gram.weight": (c.losses.gram.weight, lambda v: v >= 0, "at least 0"),
+    }
+    for key, (schedule, holds, wanted) in rules.items():
+        if schedule is None:
+            continue
+        for end in ("start", "peak", "end"):
+            if not holds(value := getattr(schedule, end)):
+                yield f"{key}.{end}", value, wanted
+        warmup, cosine = schedule.warmup_steps, schedule.cosine_steps or 0
+        if warmup + cosine > c.optim.steps:
+            wanted = f"at most the {c.optim.steps} steps of the stage"
+            yield f"{key}.warmup_steps + cosine_steps", f"{warmup} + {cosine}", wanted

@@ -69,7 +69,6 @@ def loss_options(config: StageConfig) -> LossOptions:
         student_temp=losses.student_temp,
         gram=losses.gram.weight is not None,
         gram_from_teacher=losses.gram.teacher == "ema",
-        remove_negatives=losses.gram.remove_negatives,
     )
 
 

@@ -27,9 +27,9 @@ from nnunetv2_meddinov3.pretrain.folders import (
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_to_follow
 from nnunetv2_meddinov3.pretrain.monitor.observer import Observer
-from nnunetv2_meddinov3.pretrain.monitor.tracker import Following
+from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
-from nnunetv2_meddinov3.pretrain.probe.callback import Prober
+from nnunetv2_meddinov3.pretrain.probe.callback import ProbeCallback
 from nnunetv2_meddinov3.pretrain.provenance import run_facts
 from nnunetv2_meddinov3.pretrain.rates import Rates, rates_at
 from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
@@ -87,7 +87,7 @@ class Stage:
             folder,
             runtime,
             self.distillation,
-            Following(
+            FeatureTracker(
                 slices_to_follow(store, rows, config),
                 self.distillation.teacher,
                 config.intensity,
@@ -99,18 +99,23 @@ class Stage:
             self.step,
         )
 
-    def _prober(self) -> Prober | None:
+    def _prober(self) -> ProbeCallback | None:
         """Return what measures the teacher on labelled slices, if the config asks for it."""
         if self.config.engine.probe_every is None:
             return None
-        return Prober(
+        return ProbeCallback(
             self.config,
             self.folder,
             self.runtime,
-            lambda: checkpoints.whole_model(self.distillation),
+            self._teacher_backbone,
             self.start.architecture,
             self.step,
         )
+
+    def _teacher_backbone(self) -> dict[str, Tensor]:
+        """Return the tensors of the teacher's backbone on rank 0; every rank must call this."""
+        whole, own = checkpoints.whole_model(self.distillation), "teacher.backbone."
+        return {k.removeprefix(own): t for k, t in whole.items() if k.startswith(own)}
 
     def run(self, stop: Stop) -> bool:
         """Train until the stage is finished or a signal came.
@@ -123,10 +128,10 @@ class Stage:
                 be read or written.
         """
         steps, engine = self.config.optim.steps, self.config.engine
-        if self.step == 0:
-            self.observer.start()
         batches = self.loader.iterate(self.step)
         try:
+            if self.step == 0:
+                self.observer.start()
             while self.step < steps:
                 self.observer.before_step()
                 micro_batches = next(batches)
@@ -166,7 +171,14 @@ class Stage:
             self.distillation.update_teacher(rates.momentum)
             self._refresh_gram_teacher()
         self.optimizer.zero_grad(set_to_none=True)
-        self.observer.stepped(self.step, rates, losses, norms, skipped=bool(is_bad))
+        self.observer.stepped(
+            self.step,
+            rates._asdict(),
+            losses,
+            norms,
+            skipped=bool(is_bad),
+            observed=self.distillation.seen,
+        )
         return bool(stopped)
 
     def _apply(self, rates: Rates) -> None:

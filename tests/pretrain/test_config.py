@@ -1,10 +1,18 @@
-import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.architecture import SIZES
 from nnunetv2_meddinov3.pretrain.config import (
+    KINDS,
+    Augment,
+    Data,
+    Engine,
     StageConfig,
     available,
     check_world,
@@ -16,7 +24,14 @@ from nnunetv2_meddinov3.pretrain.config import (
     to_yaml,
 )
 
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONFIGS = ROOT / "nnunetv2_meddinov3/pretrain/configs"
 STAGES = ("stage1", "stage2_gram", "stage3_highres")
+# Recorded when each size and stage had a complete file of its own.
+TWELVE = json.loads((HERE / "twelve_configs.json").read_text(encoding="utf-8"))
+RENAMED = {"data.values": "data.modalities", "data.part": "data.split"}
+REMOVED = {"crops.global_crops": 2, "losses.gram.remove_negatives": False}
 
 
 def test_four_sizes_of_three_stages_are_shipped():
@@ -26,14 +41,59 @@ def test_four_sizes_of_three_stages_are_shipped():
 
 
 @pytest.mark.parametrize("name", available())
-def test_every_shipped_config_is_complete_valid_and_survives_a_round_trip(name):
-    import yaml
+def test_a_size_and_a_stage_make_the_config_that_was_one_file(name):
+    before = TWELVE["all"] | TWELVE[name]
+    assert {key: before.pop(key) for key in REMOVED} == REMOVED
+    wanted = {RENAMED.get(key, key): value for key, value in before.items()}
+    assert flatten(load_config(name).model_dump()) == wanted
 
+
+@pytest.mark.parametrize("name", available())
+def test_every_shipped_config_survives_a_round_trip(name):
     config = load_config(name)
     assert from_yaml(to_yaml(config)) == config
-    text = Path(__file__).parents[2] / "nnunetv2_meddinov3/pretrain/configs" / f"{name}.yaml"
-    given = set(flatten(yaml.safe_load(text.read_text(encoding="utf-8"))))
-    assert set(flatten(dataclasses.asdict(config))) == given
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_file_is_complete(stage):
+    given = yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8"))
+    assert set(flatten(given)) == set(flatten(load_config(f"vitb16_{stage}").model_dump()))
+
+
+@pytest.mark.parametrize("size", ["vits16", "vitb16", "vitl16", "tiny"])
+def test_a_preset_says_only_what_differs(size):
+    preset = yaml.safe_load((CONFIGS / "sizes" / f"{size}.yaml").read_text(encoding="utf-8")) or {}
+    assert set(preset) <= {"all_stages", "stage1", "stage2", "stage3"}
+    of_stages = [flatten(load_config(f"vitb16_{stage}").model_dump()) for stage in STAGES]
+    for number, of_stage in enumerate(of_stages, 1):
+        for key, value in flatten(preset.get(f"stage{number}", {})).items():
+            before = flatten(preset.get("all_stages", {})).get(key, of_stage.get(key))
+            assert before != value or key.startswith("crops.resolutions."), key  # a list is whole
+    for key, value in flatten(preset.get("all_stages", {})).items():
+        assert any(of_stage[key] != value for of_stage in of_stages), key
+
+
+def test_the_defaults_are_those_of_the_papers_first_stage():
+    assert StageConfig() == load_config("vitb16_stage1")
+    assert Augment() == load_config("vitl16_stage3_highres").augment
+
+
+def test_importing_the_config_does_not_import_torch():
+    code = "import sys, nnunetv2_meddinov3.pretrain.config; assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_size_has_the_patches_that_crops_are_checked_against():
+    for size in SIZES:
+        assert load_config("vitb16_stage1", [f"model.size={size}"]).model.size == size
+
+
+def test_kinds_of_slices_are_those_that_may_be_asked_for():
+    config = load_config("tiny_stage1", [f"data.modalities=[{','.join(KINDS)}]"])
+    assert config.data.modalities == list(KINDS)
 
 
 @pytest.mark.parametrize("size", ["vits16", "vitb16", "vitl16"])
@@ -59,8 +119,16 @@ def test_the_papers_values_are_in_the_configs(size):
         ("optim.lr.peek=1", "unknown key optim.lr.peek .* did you mean optim.lr.peak?"),
         ("zzz=1", "unknown key zzz .* known here: stage, init"),
         ("crops.resolutions.0.globl_size=64", "did you mean crops.resolutions.0.global_size?"),
-        ("optim.steps=many", "optim.steps .* is wrong"),
+        ("optim.steps=many", "optim.steps must be a whole number, got 'many'"),
         ("optim.steps=0", "optim.steps must be at least 1, got 0"),
+        ("optim.steps=1.5", "optim.steps must be a whole number, got 1.5"),
+        ("optim.steps=true", "optim.steps must be a whole number, got True"),
+        ("optim.steps.x=1", "unknown key optim.steps.x"),
+        ("optim.lr=null", "optim.lr must be a section with keys of its own, got None"),
+        ("optim.clip_grad=.inf", "optim.clip_grad must be a finite number, got inf"),
+        ("losses.ignore_diagonal=1", "losses.ignore_diagonal must be true or false, got 1"),
+        ("losses.gram.weight.peak=1", "losses.gram.weight.start must be given"),
+        ("data.store=[a]", r"data.store must be text, got \['a'\]"),
         ("optim.batch_size=33", "optim.batch_size must be a multiple of losses.koleo_group=8"),
         ("losses.koleo_group=1", "losses.koleo_group must be at least 2"),
         ("crops.resolutions.0.global_size=100", "must be a multiple of 16 pixels"),
@@ -68,7 +136,7 @@ def test_the_papers_values_are_in_the_configs(size):
         ("crops.resolutions.0.probability=0.5", "probabilities that sum to 1"),
         ("crops.resolutions.3.global_size=96", "crops.resolutions must have an entry 3"),
         ("masks.ratio=[0.5,0.1]", "masks.ratio must be two numbers in order"),
-        ("masks.probability=1.5", "masks.probability must be between 0 and 1"),
+        ("masks.probability=1.5", "masks.probability must be at most 1, got 1.5"),
         ("model.size=vit_huge", "model.size must be one of vit_tiny"),
         ("engine.device=gpu", "engine.device must be one of auto, cpu, cuda"),
         ("losses.gram.teacher=previous@x", "must be previous or previous@STEP"),
@@ -77,10 +145,14 @@ def test_the_papers_values_are_in_the_configs(size):
         ("augment.blur_probability=[0.5]", "augment.blur_probability must be three numbers"),
         ("augment.gamma=[2,1]", "augment.gamma must be two numbers in order"),
         ("optim.lr.warmup_steps=1000", "at most the 400 steps"),
-        ("data.values=[ct]", "data.values must be a list of some of hu, windowed"),
+        ("data.modalities=[ct]", "data.modalities.0 must be one of hu, windowed, mr, unknown, got"),
+        ("data.modalities=[]", r"data.modalities must be a list of at least 1, got \[\]"),
+        ("data.valuez=[hu]", "unknown key data.valuez in tiny_stage1: known here: store, modal"),
+        ("crops.global_crops=3", "crops.global_crops is no longer an option and must be 2, got 3"),
         ("losses.teacher_temp.peak=0", "losses.teacher_temp.peak must be above 0"),
         ("engine.probe_every=10", "engine.probe_dataset must be a labelled nnU-Net raw dataset"),
         ("steps", "written key=value"),
+        ("data.split=2026-13-45", "the value of data.split must be a number, a word"),
         ("optim.steps=[1", "the value of optim.steps must be a number"),
     ],
 )
@@ -101,12 +173,12 @@ def test_changes_are_applied_to_values_lists_and_entries_of_lists():
         [
             "crops.resolutions.1.global_size=160",
             "optim.lr.end=1e-4",
-            "data.values=[hu,mr]",
+            "data.modalities=[hu,mr]",
             "model.drop_path=0.1",
         ],
     )
     assert [r.global_size for r in config.crops.resolutions] == [128, 160]
-    assert (config.optim.lr.end, config.data.values, config.model.drop_path) == (
+    assert (config.optim.lr.end, config.data.modalities, config.model.drop_path) == (
         1e-4,
         ["hu", "mr"],
         0.1,
@@ -125,21 +197,93 @@ def test_an_unknown_config_is_one_sentence_with_the_nearest(tmp_path):
 
 
 def test_a_file_of_ones_own_may_leave_out_what_it_does_not_change(tmp_path):
-    (tmp_path / "mine.yaml").write_text("stage: 1\noptim: {steps: 7}\n")
+    (tmp_path / "mine.yaml").write_text("stage: 1\noptim: {steps: 70_000, lr: {peak: 1e-3}}\n")
     config = load_config(str(tmp_path / "mine.yaml"))
-    assert config.optim.steps == 7
+    assert (config.optim.steps, config.optim.lr.peak, config.optim.lr.end) == (70_000, 1e-3, 2e-4)
     assert config.crops == StageConfig().crops
+    (tmp_path / "mine.yaml").write_text("optim: {steps: 7}\n")
+    with pytest.raises(UserError, match=r"optim.lr.warmup_steps .* at most the 7 steps"):
+        load_config(str(tmp_path / "mine.yaml"))
+
+
+def test_numbers_in_files_are_numbers_and_text_that_looks_like_one_stays_text(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optim: {lr: {peak: 2e-4, end: 1E-3}, clip_grad: 3}\n")
+    config = load_config(str(tmp_path / "mine.yaml"))
+    found = (config.optim.lr.peak, config.optim.lr.end, config.optim.clip_grad)
+    assert found == (2e-4, 1e-3, 3.0)
+    assert all(type(value) is float for value in found)
+    named = load_config("tiny_stage1", ["engine.wandb='1e-3'", "data.store=2024"])
+    assert (named.engine.wandb, named.data.store) == ("1e-3", "2024")
+    assert from_yaml(to_yaml(named)) == named
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optim: {steps: 7, steps: 8}\n")
+    with pytest.raises(UserError, match="readable YAML file: the key steps stands twice"):
+        load_config(str(tmp_path / "mine.yaml"))
+
+
+def test_a_section_is_changed_key_by_key_and_a_list_as_a_whole():
+    config = load_config("tiny_stage1", ["heads.dino={prototypes: 64}", "optim.betas=[0.8,0.9]"])
+    assert (config.heads.dino.prototypes, config.heads.dino.hidden_dim) == (64, 256)
+    assert config.optim.betas == [0.8, 0.9]
+
+
+def test_a_config_of_an_earlier_version_still_loads(tmp_path):
+    before = (HERE / "saved_config.yaml").read_text(encoding="utf-8")
+    assert "global_crops: 2" in before
+    assert "part: train" in before
+    wanted = load_config(
+        "tiny_stage2_gram",
+        ["data.split=train", "data.modalities=[hu,mr]", "data.store=somewhere"],
+    )
+    assert from_yaml(before) == wanted
+    (tmp_path / "config.yaml").write_text(before)
+    assert load_config(str(tmp_path / "config.yaml"), ["data.part=train"]) == wanted
+    assert load_config(str(tmp_path / "config.yaml"), ["crops.global_crops=2"]) == wanted
+    with pytest.raises(UserError, match="remove_negatives is no longer an option and must be fal"):
+        from_yaml(before.replace("remove_negatives: false", "remove_negatives: true"))
 
 
 def test_differences_name_what_changes_results_and_nothing_else():
     a = load_config("tiny_stage1")
     b = load_config("tiny_stage1", ["engine.save_every=3", "data.workers=0", "data.store=x"])
     assert differences(a, b) == []
-    c = load_config("tiny_stage1", ["optim.lr.peak=0.5", "data.part=train"])
+    c = load_config("tiny_stage1", ["optim.lr.peak=0.5", "data.split=train"])
     assert differences(a, c) == [
-        "data.part is train instead of None",
+        "data.split is train instead of None",
         "optim.lr.peak is 0.5 instead of 0.001",
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("engine.precision=bf16", "engine.compile=never", "engine.device=cpu"),
+        *("data.modalities=[hu,mr]", "data.split=train"),
+    ],
+)
+def test_what_changes_numbers_or_slices_may_not_change(change):
+    key = change.partition("=")[0]
+    (found,) = differences(load_config("tiny_stage1"), load_config("tiny_stage1", [change]))
+    assert found.startswith(f"{key} is ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("engine.parallel=fsdp2", "engine.micro_batch=8", "engine.activation_checkpointing=true"),
+        *("engine.export_at=[7]", "engine.tensorboard=true", "data.views_on=device"),
+        "data.prefetch=1",
+    ],
+)
+def test_what_gives_the_same_numbers_may_change(change):
+    assert differences(load_config("tiny_stage1"), load_config("tiny_stage1", [change])) == []
+
+
+def test_what_may_change_are_keys():
+    for section in (Data, Engine):
+        assert set(section.model_fields) > section.MAY_CHANGE
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do():

@@ -159,8 +159,8 @@ def test_targets_and_losses_are_computed_in_fp32_under_autocast():
     batch = recorded_batch()
     arguments = {"masks": batch.masks, "local_crops": batch.local_crops}
     with torch.no_grad():
-        student = distillation.student(batch.global_crops, batch.masked, **arguments)
-        teacher = distillation.teacher(batch.global_crops, batch.masked)
+        student = distillation.student(batch.global_crops, batch.mask_indices, **arguments)
+        teacher = distillation.teacher(batch.global_crops, batch.mask_indices)
         anchor = distillation.gram_teacher(batch.gram_crops)
     # the networks give the same tokens both times, so that all that can differ is what follows
     distillation.student.forward = lambda *args, **kwargs: student
@@ -250,9 +250,9 @@ def test_splitting_a_batch_and_joining_it_gives_it_back():
     parts = batch.split(1)
     assert [p.images for p in parts] == [1, 1, 1]
     assert torch.equal(parts[1].global_crops, batch.global_crops[[1, 4]])
-    assert parts[1].masked.tolist() == [19, 23, 24, 25, 26, 27]
+    assert parts[1].mask_indices.tolist() == [19, 23, 24, 25, 26, 27]
     whole = join(parts)
-    for name in ("global_crops", "local_crops", "masks", "gram_crops", "masked"):
+    for name in ("global_crops", "local_crops", "masks", "gram_crops", "mask_indices"):
         assert torch.equal(getattr(whole, name), getattr(batch, name)), name
     with pytest.raises(ValueError, match="do not divide"):
         batch.split(2)

@@ -57,10 +57,10 @@ def test_another_kind_of_values_is_refused_until_it_is_named(tmp_path, write_ima
         Image.fromarray(grey).save(tmp_path / f"grey/g{i}.png")
     curate([tmp_path / "v", tmp_path / "grey"], tmp_path / "store")
     with pytest.raises(
-        UserError, match=r"16 slices, 8 of 8-bit grey .*data.values=\[hu,windowed\]"
+        UserError, match=r"16 slices, 8 of 8-bit grey .*data.modalities=\[hu,windowed\]"
     ):
         opened(tmp_path / "store")
-    assert len(opened(tmp_path / "store", "data.values=[hu,windowed]")[1]) == 16
+    assert len(opened(tmp_path / "store", "data.modalities=[hu,windowed]")[1]) == 16
 
 
 def test_the_contract_goes_into_the_export_and_another_one_is_refused():

@@ -24,7 +24,7 @@ def steps(overrides, start=0, count=2, rank=0, world_size=1, **changes):
 
 
 def equal(a, b):
-    names = ("global_crops", "local_crops", "masks", "masked")
+    names = ("global_crops", "local_crops", "masks", "mask_indices")
     return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
 
 
@@ -106,6 +106,7 @@ def test_a_damaged_slice_is_one_sentence(ct_store, small_stage, tmp_path, worker
         steps(small_stage(f"data.store={tmp_path / 'store'}"), **{"data.workers": workers})
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # a mistake ends the workers too
 
 
 def test_a_part_of_a_split_store_is_read_alone(ct_store, small_stage, tmp_path):
@@ -115,10 +116,10 @@ def test_a_part_of_a_split_store_is_read_alone(ct_store, small_stage, tmp_path):
 
     store = tmp_path / "store"
     shutil.copytree(ct_store, store)
-    overrides = small_stage(f"data.store={store}", "data.part=train")
+    overrides = small_stage(f"data.store={store}", "data.split=train")
     with pytest.raises(UserError, match="has none: make one with `meddinov3 store split"):
         steps(overrides)
     split = split_by_patient(store, {"train": 0.5, "val": 0.5})
     assert open_store(load_config("tiny_stage1", overrides))[1].tolist() == split["train"]
-    with pytest.raises(UserError, match=r"data.part must be one of train, val, got test"):
-        steps([*overrides, "data.part=test"])
+    with pytest.raises(UserError, match=r"data.split must be one of train, val, got test"):
+        steps([*overrides, "data.split=test"])

@@ -40,7 +40,7 @@ def test_three_stages_leave_what_they_should(three_stages):
     out, _ = three_stages
     for n in (1, 2, 3):
         folder = out / f"stage{n}"
-        names = {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "health.jsonl"}
+        names = {"config.yaml", "run.json", "metrics.jsonl", "health.jsonl"}
         names |= {"teacher.safetensors", "report.html", "checkpoints", "maps"}
         assert names <= {path.name for path in folder.iterdir()}
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

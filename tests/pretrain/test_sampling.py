@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 
 from nnunetv2_meddinov3.pretrain.config import load_config
-from nnunetv2_meddinov3.pretrain.sampling import Sampler
+from nnunetv2_meddinov3.pretrain.loader import Sampler
 
 
 def a_sampler(volumes, *overrides, name="tiny_stage1"):

@@ -3,9 +3,8 @@
 All are computed in fp32 whatever they are given; bf16 loses the small differences they live on.
 """
 
-from nnunetv2_meddinov3.pretrain.losses.dino import DINOLoss
+from nnunetv2_meddinov3.pretrain.losses.cross_entropy import DINOLoss, IBOTLoss
 from nnunetv2_meddinov3.pretrain.losses.gram import GramLoss
-from nnunetv2_meddinov3.pretrain.losses.ibot import IBOTLoss
 from nnunetv2_meddinov3.pretrain.losses.koleo import KoLeoLoss
 from nnunetv2_meddinov3.pretrain.losses.sinkhorn import sinkhorn_knopp
 

@@ -1,5 +1,6 @@
 """The anchoring loss: the relations between patches must stay those of an earlier teacher."""
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,16 +19,17 @@ class GramLoss(nn.Module):
         super().__init__()
         self.remove_negatives = remove_negatives
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Float[Tensor, "batch patch student_dim"],
+        teacher: Float[Tensor, "batch patch teacher_dim"],
+    ) -> Float[Tensor, ""]:
         """Average over all pairs of patches of an image, then over the batch.
 
         Args:
-            student: (B, P, D) patch tokens after the last norm, before any head.
-            teacher: (B, P, D), the same patches as the Gram teacher sees them; no gradient is taken
-                through them.
-
-        Returns:
-            A scalar.
+            student: Patch tokens after the last norm, before any head.
+            teacher: The same patches as the Gram teacher sees them; no gradient is taken through
+                them.
 
         Raises:
             ValueError: If the numbers of images or patches differ.

@@ -1,6 +1,7 @@
 """The spreading loss: features of a batch must not crowd."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,14 +21,11 @@ class KoLeoLoss(nn.Module):
             raise ValueError(f"group must be at least 2 images, got {group}")
         self.group, self.eps = group, eps
 
-    def forward(self, cls: Tensor) -> Tensor:
-        """Minus the mean logarithm of the distance to the nearest neighbour.
+    def forward(self, cls: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+        """Return minus the mean logarithm of the distance to the nearest neighbour.
 
         Args:
-            cls: (B, D), before any head; computed in fp32, since bf16 cannot tell neighbours apart.
-
-        Returns:
-            A scalar.
+            cls: Tokens before any head; computed in fp32, as bf16 cannot tell neighbours apart.
 
         Raises:
             ValueError: If there are fewer than two images, or groups do not divide the batch.

@@ -1,6 +1,7 @@
 """Sinkhorn-Knopp: the teacher's logits to targets that use all prototypes alike."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch import distributed as dist
 
@@ -9,7 +10,9 @@ _WIDEST_RANGE = 80.0
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(
+    logits: Float[Tensor, "batch prototype"], temp: float, n_iterations: int = 3
+) -> Float[Tensor, "batch prototype"]:
     """Normalise logits alternately over samples and prototypes (SwAV; DINOv2; DINOv3, sec. 3).
 
     Samples of all ranks count together; without a process group there is one rank. Each iteration
@@ -19,12 +22,12 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
     logarithms.
 
     Args:
-        logits: (B, K), one row per sample of this rank.
+        logits: One row per sample of this rank.
         temp: Teacher temperature, positive.
         n_iterations: 3 in DINOv2 and DINOv3.
 
     Returns:
-        (B, K) in fp32, rows sum to 1.
+        Assignments in fp32; rows sum to 1.
 
     Raises:
         ValueError: If the shape or the temperature is not one that can be used.
@@ -43,8 +46,10 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
     return _with_logarithms(z, n_iterations)
 
 
-def _with_scaling_vectors(a: Tensor, n_iterations: int) -> Tensor:
-    """P = diag(v) A diag(u), with one sum of K numbers over the ranks per iteration."""
+def _with_scaling_vectors(
+    a: Float[Tensor, "batch prototype"], n_iterations: int
+) -> Float[Tensor, "batch prototype"]:
+    """Return P = diag(v) A diag(u), with one sum of K numbers over the ranks per iteration."""
     v = a.new_ones(len(a))
     u = a.new_ones(a.shape[1])
     for _ in range(n_iterations):
@@ -53,7 +58,9 @@ def _with_scaling_vectors(a: Tensor, n_iterations: int) -> Tensor:
     return v[:, None] * a * u
 
 
-def _with_logarithms(z: Tensor, n_iterations: int) -> Tensor:
+def _with_logarithms(
+    z: Float[Tensor, "batch prototype"], n_iterations: int
+) -> Float[Tensor, "batch prototype"]:
     for _ in range(n_iterations):
         peak = z.amax(0) if len(z) else z.new_full((z.shape[1],), -torch.inf)
         peak = _all_reduce(peak, "MAX")

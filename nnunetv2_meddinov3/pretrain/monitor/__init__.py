@@ -1,1 +1,1 @@
-"""Watching a run: rows of numbers, figures of health in words, maps of features, a report."""
+"""Monitoring of a run: rows of numbers, health in words, feature maps, a report."""

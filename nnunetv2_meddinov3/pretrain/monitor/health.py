@@ -1,4 +1,4 @@
-"""Figures that tell a healthy run from one that collapses, and the words for what they mean."""
+"""Numbers that tell a healthy run from one that collapses, and what they mean in words."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-_MOST_TOKENS = 1024  # patch tokens of which figures are made; more say the same
-_MOST_GRAM = 4  # images of which Gram matrices are compared
+_MAX_TOKENS = 1024  # patch tokens that are looked at; more say the same
+_MAX_GRAM_IMAGES = 4  # whose Gram matrices are compared
 
 
 @torch.no_grad()
-def effective_rank(features: Tensor) -> float:
+def effective_rank(features: Float[Tensor, "row dim"]) -> float:
     """Return exp of the entropy of the normalised singular values (Roy and Vetterli, 2007).
 
     Args:
-        features: (n, D); their mean is taken away first.
+        features: Their mean is subtracted first.
 
     Returns:
-        From 1 (all on a line, or all the same) to min(n - 1, D).
+        From 1 (all on a line, or all the same) to min(rows - 1, dim).
     """
     x = features.float()
     if not torch.isfinite(x).all():
@@ -37,81 +38,83 @@ def effective_rank(features: Tensor) -> float:
 
 
 @torch.no_grad()
-def similarity(features: Tensor) -> float:
-    """Return the mean cosine between different rows of (n, D), 1 where all point the same way."""
+def similarity(features: Float[Tensor, "row dim"]) -> float:
+    """Return the mean cosine between different rows, 1 where all point the same way."""
     x = F.normalize(features.float(), dim=-1)
     n = len(x)
     return float((x.sum(0).square().sum() - n) / max(n * (n - 1), 1))
 
 
 @torch.no_grad()
-def entropy(probs: Tensor) -> float:
-    """Return the mean entropy of rows of (n, K), in nats."""
+def entropy(probs: Float[Tensor, "row prototype"]) -> float:
+    """Return the mean entropy of the rows, in nats."""
     p = probs.float()
     return float(-(p * p.clamp(min=1e-12).log()).sum(-1).mean())
 
 
 @torch.no_grad()
-def gram_distance(a: Tensor, b: Tensor) -> float:
-    """Return the mean absolute difference of patch similarities of two (B, P, D), P alike."""
-    x, y = (F.normalize(t[:_MOST_GRAM].float(), dim=-1) for t in (a, b))
+def gram_distance(
+    a: Float[Tensor, "image patch _dim"], b: Float[Tensor, "image patch _dim"]
+) -> float:
+    """Return the mean absolute difference between the patch similarities of two networks."""
+    x, y = (F.normalize(t[:_MAX_GRAM_IMAGES].float(), dim=-1) for t in (a, b))
     return float((x @ x.mT - y @ y.mT).abs().mean())
 
 
 @torch.no_grad()
-def figures(seen: dict[str, Tensor]) -> dict[str, float]:
-    """Return the figures of one step.
+def measure(observed: dict[str, Tensor]) -> dict[str, float]:
+    """Return the health metrics of one step.
 
     Args:
-        seen: ``Distillation.seen``: features of student and teacher, targets of the teacher. Of
-            several ranks each sees its own share.
+        observed: ``cls_*`` (crop, dim) and ``patches_*`` (crop, patch, dim) of student and teacher,
+            ``cls_targets`` and ``patch_targets`` (row, prototype) of the teacher; each rank has its
+            own share.
 
     Returns:
         Entropies in nats and as a share of ln K, effective ranks of cls and patch features, mean
         cosine between cls tokens of different crops, share of prototypes that are some crop's first
         choice.
     """
-    cls_k, patch_k = seen["cls_targets"].shape[1], seen["patch_targets"].shape[1]
+    cls_k, patch_k = observed["cls_targets"].shape[1], observed["patch_targets"].shape[1]
     out = {
-        "cls_target_entropy": entropy(seen["cls_targets"]),
-        "patch_target_entropy": entropy(seen["patch_targets"]),
+        "cls_target_entropy": entropy(observed["cls_targets"]),
+        "patch_target_entropy": entropy(observed["patch_targets"]),
     }
     out["cls_target_entropy_share"] = out["cls_target_entropy"] / math.log(cls_k)
     out["patch_target_entropy_share"] = out["patch_target_entropy"] / math.log(patch_k)
     for who in ("student", "teacher"):
-        cls, patches = seen[f"cls_{who}"], seen[f"patches_{who}"].flatten(0, 1)
-        stride = max(1, len(patches) // _MOST_TOKENS)
+        cls, patches = observed[f"cls_{who}"], observed[f"patches_{who}"].flatten(0, 1)
+        stride = max(1, len(patches) // _MAX_TOKENS)
         out[f"cls_rank_{who}"] = effective_rank(cls)
-        out[f"patch_rank_{who}"] = effective_rank(patches[::stride][:_MOST_TOKENS])
+        out[f"patch_rank_{who}"] = effective_rank(patches[::stride][:_MAX_TOKENS])
         out[f"cls_similarity_{who}"] = similarity(cls)
-    winners = seen["cls_targets"].argmax(1).unique()
-    out["prototypes_used"] = len(winners) / min(cls_k, len(seen["cls_targets"]))
+    winners = observed["cls_targets"].argmax(1).unique()
+    out["prototypes_used"] = len(winners) / min(cls_k, len(observed["cls_targets"]))
     return out
 
 
-# When a figure is wrong. Ranks are compared with the highest of the run, since small batches and
+# When something is wrong. Ranks are compared with the highest of the run, since small batches and
 # fresh networks have small ones; similarities are absolute.
-RANK_SHARE = 0.4  # of the highest rank; healthy runs keep more than half of it
-RANK_FLOOR = 1.5  # below it all features lie on a line
-SIMILARITY = (
-    0.98  # mean cosine of different images; fresh and pretrained ViTs have less after a while
-)
-UNIFORM = 0.995  # share of ln K from which targets say nothing
-UNIFORM_AFTER = 500  # steps; fresh heads start with uniform targets
-USED = 0.05  # share of the prototypes that a batch could use
-DIVERGED = 1.5  # loss against the lowest so far
-STILL = 1e-9  # relative change of the weights from which nothing is learnt
+_MIN_RANK_SHARE = 0.4  # of the highest rank; healthy runs keep more than half of it
+_MIN_RANK = 1.5  # below it all features lie on a line
+# mean cosine of different images; fresh and pretrained ViTs have less after a while
+_MAX_SIMILARITY = 0.98
+_MAX_ENTROPY_SHARE = 0.995  # of ln K; from it on targets say nothing
+_UNIFORM_AFTER = 500  # steps; fresh heads start with uniform targets
+_MIN_PROTOTYPES_USED = 0.05  # share of those that a batch could use
+_MAX_LOSS_RATIO = 1.5  # loss against the lowest so far
+_MIN_UPDATE = 1e-9  # relative change of the weights below which nothing is learnt
 
 
 def verdicts(history: list[dict[str, Any]]) -> list[str]:
-    """Say in words what is wrong at the last check of health.
+    """Say in words what is wrong at the last health check.
 
     Args:
-        history: Figures of every check so far, first one first, with ``step``, ``loss`` and
-            ``update`` (relative change of the weights since the check before).
+        history: What ``measure`` returned at every check so far, in order, with ``step``, ``loss``
+            and ``update`` (relative change of the weights since the check before).
 
     Returns:
-        One sentence for each thing; none for a healthy run.
+        One sentence for each problem; none for a healthy run.
     """
     now = history[-1]
     out = [
@@ -122,27 +125,27 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     if out:
         return out[:1]
     out += _collapse(history)
-    if now["cls_target_entropy_share"] > UNIFORM and now["step"] >= UNIFORM_AFTER:
+    if now["cls_target_entropy_share"] > _MAX_ENTROPY_SHARE and now["step"] >= _UNIFORM_AFTER:
         out.append(
             "the teacher's targets are uniform (entropy "
-            f"{100 * now['cls_target_entropy_share']:.1f} % of the most there is): they say "
+            f"{100 * now['cls_target_entropy_share']:.1f} % of the maximum): they say "
             "nothing, so nothing is learnt; lower losses.teacher_temp or optim.lr."
         )
-    if now["prototypes_used"] < USED:
+    if now["prototypes_used"] < _MIN_PROTOTYPES_USED:
         out.append(
             f"only {100 * now['prototypes_used']:.1f} % of the prototypes a batch could use are "
             "used: images fall into a few clusters; raise the batch or lower optim.lr."
         )
     lowest = min(each["loss"] for each in history)
-    if len(history) > 2 and now["loss"] > DIVERGED * lowest + 1:
+    if len(history) > 2 and now["loss"] > _MAX_LOSS_RATIO * lowest + 1:
         out.append(
             f"the loss is {now['loss']:.2f} after it was {lowest:.2f}: the run diverges; lower "
-            f"optim.lr."
+            "optim.lr."
         )
-    if now.get("update") is not None and now["update"] < STILL:
+    if now.get("update") is not None and now["update"] < _MIN_UPDATE:
         out.append(
-            "the weights do not change: optim.lr is 0 or every step is skipped; look at optim.lr "
-            "and at the steps that were skipped."
+            "the weights do not change: optim.lr is 0 or every step is skipped; check optim.lr and "
+            "the skipped steps."
         )
     return out
 
@@ -153,13 +156,13 @@ def _collapse(history: list[dict[str, Any]]) -> list[str]:
     for what, key in (("images", "cls_rank"), ("patches", "patch_rank")):
         for who in ("student", "teacher"):
             rank, highest = now[f"{key}_{who}"], max(row[f"{key}_{who}"] for row in history)
-            if rank < max(RANK_FLOOR, RANK_SHARE * highest):
+            if rank < max(_MIN_RANK, _MIN_RANK_SHARE * highest):
                 out.append(
                     f"collapse: the {who} gives all {what} nearly the same features (effective "
                     f"rank {rank:.1f}, it was {highest:.1f}); the learning rate may be too high."
                 )
     for who in ("student", "teacher"):
-        if now[f"cls_similarity_{who}"] > SIMILARITY > first[f"cls_similarity_{who}"]:
+        if now[f"cls_similarity_{who}"] > _MAX_SIMILARITY > first[f"cls_similarity_{who}"]:
             out.append(
                 f"collapse: the {who}'s cls tokens of different images point the same way (mean "
                 f"cosine {now[f'cls_similarity_{who}']:.3f}); the learning rate may be too high."

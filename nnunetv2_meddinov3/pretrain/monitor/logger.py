@@ -1,55 +1,74 @@
-"""Rows of numbers of a run: JSONL and CSV always, TensorBoard and Weights & Biases if asked."""
+"""Where the numbers of a run go: JSONL always, TensorBoard and Weights & Biases if asked."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import contextlib
 import logging
-from collections.abc import Callable
+import secrets
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.tensor_files import replacing
+from nnunetv2_meddinov3.files import append_row, read_rows, unwritable, write_rows, write_text
 
 METRICS = "metrics.jsonl"
-TABLE = "metrics.csv"
-TIMINGS = ("images_per_second", "data_wait_percent", "memory_gb", "seconds")
+WANDB_ID = "wandb_id"  # of the stage's run at Weights & Biases, in the stage's folder
 
 _log = logging.getLogger(__name__)
 
 
-def read_rows(path: Path, before: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file; a last line that a kill tore is left out.
+class StepRows:
+    """The rows of a JSONL file, one or more a step, appended at once so that a kill loses none.
 
     Args:
-        path: The file; no rows if it is not there.
-        before: Only rows of earlier steps.
+        path: The file; its folder is made.
+        resume_step: Steps done before: rows of later steps, which will come again, are dropped.
+
+    Attributes:
+        rows: All rows so far, each with ``step``.
+
+    Raises:
+        UserError: If it cannot be written.
     """
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        self.rows = [row for row in read_rows(path) if row["step"] <= resume_step]
+        self._warned = False
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if before is None or row["step"] <= before:
-            rows.append(row)
-    return rows
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
+        write_rows(path, self.rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a row; a full disk is reported once and does not end the run."""
+        self.rows.append(row)
+        try:
+            append_row(self.path, row)
+        except OSError as error:
+            if not self._warned:
+                _log.warning("%s cannot be written (%s); the run goes on", self.path, error)
+            self._warned = True
 
 
-class MetricsLog:
-    """Appends a row for each logged step, so that nothing is lost when a run is killed.
+class MetricsLogger:
+    """Writes a row for each logged step to every place that the config asks for.
+
+    It must be closed, by ``close`` or ``with``: a run at Weights & Biases counts as running until
+    then.
 
     Args:
         folder: Of the stage.
-        resume_step: Steps that are done: later rows, which will be written again, are dropped.
-        tensorboard: Write TensorBoard events too.
-        wandb: Project of Weights & Biases, or None.
+        resume_step: Steps done before; see ``StepRows``.
+        tensorboard: Whether to write TensorBoard events too.
+        wandb: Project of Weights & Biases, or None. A resumed stage continues its run there, whose
+            id is kept in its folder; a stage that begins anew begins a new one.
         name: Of the run there.
 
     Raises:
-        UserError: If a package that is asked for is missing, or the folder cannot be written.
+        UserError: If a package is missing, or the folder cannot be written.
     """
 
     def __init__(
@@ -61,82 +80,108 @@ class MetricsLog:
         wandb: str | None = None,
         name: str = "",
     ) -> None:
-        self.folder = folder
-        self._sinks = _sinks(folder, tensorboard, wandb, name)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._rows = read_rows(folder / METRICS, before=resume_step)
-        self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        self._warned = False
-        self._rewrite()
+        self._sinks: list[_Sink] = []
+        # both before anything is written
+        summary_writer = _summary_writer() if tensorboard else None
+        package = None if wandb is None else _wandb()
+        self._file = StepRows(folder / METRICS, resume_step)
+        try:
+            if summary_writer is not None:
+                self._sinks.append(_TensorBoard(summary_writer, folder))
+            if package is not None:
+                self._sinks.append(_WeightsAndBiases(package, folder, resume_step, wandb, name))
+        except BaseException:
+            self.close(failed=True)
+            raise
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; a full disk is said once and does not end the run.
+        """Write a row: ``step`` and numbers by name."""
+        self._file.append(row)
+        for sink in self._sinks:
+            sink.write(row)
+
+    def close(self, failed: bool = False) -> None:
+        """Finish TensorBoard and Weights & Biases; a second call does nothing.
 
         Args:
-            row: ``step`` and numbers by name.
+            failed: Whether an error ended the run, which Weights & Biases shows.
         """
-        new = [key for key in row if key not in self._columns]
-        self._columns += new
-        self._rows.append(row)
-        try:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if new:
-                self._rewrite_table()
-            else:
-                with (self.folder / TABLE).open("a", encoding="utf-8", newline="") as file:
-                    file.write(_csv_line([row.get(key, "") for key in self._columns]))
-        except (OSError, UserError) as error:
-            if not self._warned:
-                _log.warning(
-                    "metrics cannot be written to %s (%s); the run goes on", self.folder, error
-                )
-            self._warned = True
-        for sink in self._sinks:
-            sink(row)
+        sinks, self._sinks = self._sinks, []
+        with contextlib.ExitStack() as closing:  # closes the others where one fails to
+            for sink in sinks:
+                closing.callback(sink.close, failed)
 
-    def _rewrite(self) -> None:
-        with replacing(self.folder / METRICS) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
-        self._rewrite_table()
+    def __enter__(self) -> MetricsLogger:
+        return self
 
-    def _rewrite_table(self) -> None:
-        lines = [_csv_line(self._columns)] if self._columns else []
-        lines += [_csv_line([row.get(key, "") for key in self._columns]) for row in self._rows]
-        with replacing(self.folder / TABLE) as part:
-            part.write_text("".join(lines), encoding="utf-8", newline="")
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
 
 
-def _csv_line(values: list[Any]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerow(values)
-    return out.getvalue()
+class _Sink(Protocol):
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
 
 
-def _sinks(
-    folder: Path, tensorboard: bool, wandb: str | None, name: str
-) -> list[Callable[[dict[str, Any]], None]]:
-    sinks: list[Callable[[dict[str, Any]], None]] = []
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "engine.tensorboard=true needs the package tensorboard: pip install tensorboard."
-            ) from error
-        writer = SummaryWriter(str(folder / "tensorboard"))
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "engine.tensorboard=true needs the package tensorboard: pip install tensorboard."
+        ) from error
+    return SummaryWriter
 
-        def to_tensorboard(row: dict[str, Any]) -> None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
-                    writer.add_scalar(key, value, row["step"])
 
-        sinks.append(to_tensorboard)
-    if wandb is not None:
-        try:
-            import wandb as package
-        except ImportError as error:
-            raise UserError("engine.wandb needs the package wandb: pip install wandb.") from error
-        run = package.init(project=wandb, name=name, dir=str(folder), resume="allow")
-        sinks.append(lambda row: run.log(row, step=row["step"]))
-    return sinks
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("engine.wandb needs the package wandb: pip install wandb.") from error
+    return wandb
+
+
+class _TensorBoard:
+    def __init__(self, summary_writer: Any, folder: Path) -> None:
+        self._writer = summary_writer(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(
+        self, package: Any, folder: Path, resume_step: int, project: str | None, name: str
+    ) -> None:
+        self._run = package.init(
+            project=project,
+            name=name,
+            dir=str(folder),
+            id=_wandb_id(folder, resume_step),
+            resume="allow",
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._run.log(row, step=row["step"])
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _wandb_id(folder: Path, resume_step: int) -> str:
+    """Return the id of a stage's run, which its folder keeps; a new one for a new start."""
+    path = folder / WANDB_ID
+    if resume_step == 0 or not path.is_file():
+        write_text(path, f"{secrets.token_hex(8)}\n")
+    return path.read_text(encoding="utf-8").strip()

@@ -1,10 +1,10 @@
-"""What a stage says of itself while it runs: rows, progress, health, maps, probes, report."""
+"""Observes a stage while it runs: rows, progress, health, feature maps, probes, report."""
 
 from __future__ import annotations
 
-import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,13 +15,12 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.folders import HEALTH
-from nnunetv2_meddinov3.pretrain.monitor.health import figures, verdicts
-from nnunetv2_meddinov3.pretrain.monitor.logger import MetricsLog, read_rows
+from nnunetv2_meddinov3.pretrain.monitor.health import measure, verdicts
+from nnunetv2_meddinov3.pretrain.monitor.logger import MetricsLogger, StepRows
 from nnunetv2_meddinov3.pretrain.monitor.report import write_report
-from nnunetv2_meddinov3.pretrain.monitor.step_progress import StepProgress
-from nnunetv2_meddinov3.pretrain.monitor.tracker import Following
-from nnunetv2_meddinov3.pretrain.rates import Rates
+from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
+from nnunetv2_meddinov3.progress import Progress
 
 _MOMENTS = 5  # for which maps are kept where no interval is given
 
@@ -29,19 +28,22 @@ Probe = Callable[[int, str], str | None]  # (step, "start" or "teacher") -> what
 
 
 class Observer:
-    """Watches a stage. Nothing here changes what is learnt.
+    """Observes a stage without changing what is learnt.
 
-    Every rank makes one and calls the same methods; the main one writes.
+    Every rank makes one and calls the same methods; the main one writes. It must be closed.
 
     Args:
         config: Of the stage.
         folder: Of the stage.
         runtime: This process.
-        distillation: What is watched.
-        following: Whose maps are kept.
+        distillation: What is observed.
+        tracker: Shows fixed slices to the teacher.
         probe: Measures starting weights or teacher; None where no probes are asked for.
         stream: Where progress is written.
         step: Steps done before.
+
+    Raises:
+        UserError: If a package is missing, or the folder cannot be written.
     """
 
     def __init__(
@@ -50,36 +52,35 @@ class Observer:
         folder: Path,
         runtime: Runtime,
         distillation: Distillation,
-        following: Following,
+        tracker: FeatureTracker,
         probe: Probe | None,
         stream: TextIO | None,
         step: int,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
-        self.distillation, self.following, self.probe = distillation, following, probe
+        self.distillation, self.tracker, self.probe = distillation, tracker, probe
         engine = config.engine
-        self._history: list[dict[str, Any]] = []
         self._weights: Tensor | None = None
-        self._metrics: MetricsLog | None = None
+        self._progress = Progress(
+            config.optim.steps,
+            "steps",
+            title=f"stage {config.stage}",
+            every=engine.log_every,
+            done=step,
+            stream=stream if runtime.is_main else None,
+        )
+        self._waited, self._since, self._steps = 0.0, time.monotonic(), 0
+        self._arrival = self._since
+        self._metrics: MetricsLogger | None = None
         if runtime.is_main:
-            self._metrics = MetricsLog(
+            self._metrics = MetricsLogger(
                 folder,
                 step,
                 tensorboard=engine.tensorboard,
                 wandb=engine.wandb,
                 name=f"{folder.resolve().parent.name}-stage{config.stage}",
             )
-            self._history = read_rows(folder / HEALTH, before=step)
-            _write_rows(folder / HEALTH, self._history)
-        self._progress = StepProgress(
-            config.optim.steps,
-            step,
-            engine.log_every,
-            stream if runtime.is_main else None,
-            f"stage {config.stage}",
-        )
-        self._waited, self._since, self._steps = 0.0, time.monotonic(), 0
-        self._arrival = self._since
+            self._health = StepRows(folder / HEALTH, step)
 
     def start(self) -> None:
         """Look at the starting weights, before the first step."""
@@ -92,26 +93,28 @@ class Observer:
         self._arrival = time.monotonic()
 
     def data_arrived(self) -> None:
-        """Note that it has them."""
+        """Note that the data have arrived."""
         self._waited += time.monotonic() - self._arrival
 
     def stepped(
         self,
         step: int,
-        rates: Rates,
+        rates: Mapping[str, float],
         losses: dict[str, Tensor],
         norms: dict[str, Tensor],
         *,
         skipped: bool,
+        observed: dict[str, Tensor],
     ) -> None:
-        """Take the numbers of a step.
+        """Take the numbers of a step; every rank must call this.
 
         Args:
             step: Number of the step, from 0.
-            rates: Of the schedules.
+            rates: Name -> value of every schedule at this step.
             losses: Means over this rank's micro-batches, on the device.
             norms: Of the gradients before clipping.
-            skipped: Whether the step was left out for numbers that are not finite.
+            skipped: Whether the step was left out because numbers were not finite.
+            observed: Features and targets of this rank's last micro-batch; see ``health.measure``.
         """
         self._steps += 1
         done, engine = step + 1, self.config.engine
@@ -119,91 +122,28 @@ class Observer:
         logs = done % engine.log_every == 0 or last
         checks = done % engine.health_every == 0 or done == 1 or last
         if not logs and not checks:
-            self._progress.update(done, None, None)
+            self._progress.advance()
             return
-        mean = self.runtime.reduce(torch.stack(list(losses.values())).float().clone())
-        values = (mean / self.runtime.world_size).tolist()
-        row = dict(zip(losses, values, strict=True))
-        if logs:
-            self._log(done, row, rates, norms, skipped)
+        sums = self.runtime.reduce(torch.stack(list(losses.values())).float().clone())
+        values = (sums / self.runtime.world_size).tolist()
+        means = dict(zip(losses, values, strict=True))
+        self._progress.advance(self._log(done, means, rates, norms, skipped) if logs else "")
         if checks:
-            self._check(done, row["total"])
+            self._check(done, means["total"], observed)
 
     def after_step(self, done: int) -> None:
-        """Keep maps, probe and report where their interval says so."""
+        """Keep maps, probe and write the report when they are due."""
         engine, steps = self.config.engine, self.config.optim.steps
         every = engine.report_every or max(1, steps // _MOMENTS)
         if done % every == 0 or done == steps:
             self._keep_maps(done)
-        if self.probe is not None and (done % engine.probe_every == 0 or done == steps):
+        probes = engine.probe_every and done % engine.probe_every == 0
+        if self.probe is not None and (probes or done == steps):
             worse = self.probe(done, "teacher")
             if worse:
                 self.say(f"step {done}: {worse}")
         if (engine.report_every and done % engine.report_every == 0) or done == steps:
             self.report()
-
-    def _log(
-        self,
-        done: int,
-        row: dict[str, float],
-        rates: Rates,
-        norms: dict[str, Tensor],
-        skipped: bool,
-    ) -> None:
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        speed = self._steps * self.config.optim.batch_size / seconds
-        if self._metrics is not None:
-            gradients = {f"grad_{name}": norm.item() for name, norm in norms.items()}
-            self._metrics.write(
-                {
-                    "step": done,
-                    **{f"loss_{name}": value for name, value in row.items()},
-                    **rates._asdict(),
-                    **gradients,
-                    "skipped": int(skipped),
-                    "images_per_second": speed,
-                    "data_wait_percent": 100 * self._waited / seconds,
-                    "memory_gb": _memory_gb(self.runtime.device),
-                }
-            )
-        self._progress.update(done, row["total"], speed)
-        self._waited, self._since, self._steps = 0.0, time.monotonic(), 0
-
-    def _check(self, done: int, loss: float) -> None:
-        """Work out the figures of health and say what is wrong."""
-        update = self._change_of_weights()
-        tokens = self.following.tokens(self.runtime.device)
-        if not self.runtime.is_main:
-            return
-        row = {"step": done, "loss": loss, "update": update}
-        row |= {**figures(self.distillation.seen), "gram_drift": self.following.drift(tokens)}
-        self._history.append(row)
-        row["verdicts"] = verdicts(self._history)
-        _append_row(self.folder / HEALTH, row)
-        for sentence in row["verdicts"]:
-            self.say(f"step {done}: {sentence}")
-
-    @torch.no_grad()
-    def _change_of_weights(self) -> float | None:
-        """Return the relative change of the backbone's first block since the last check.
-
-        Every rank keeps its own share; the main one's tells.
-        """
-        block = self.distillation.student.backbone.vit.blocks[0]
-        shares = [p.to_local() if hasattr(p, "to_local") else p for p in block.parameters()]
-        now = torch.cat([s.detach().flatten().float() for s in shares]).clone()
-        before, self._weights = self._weights, now
-        if before is None:
-            return None
-        return float((now - before).norm() / before.norm().clamp(min=1e-12))
-
-    def _keep_maps(self, step: int) -> None:
-        tokens = self.following.tokens(self.runtime.device)
-        if self.runtime.is_main:
-            try:
-                self.following.save(step, tokens)
-            except UserError as error:
-                self.say(f"the maps of step {step} are left out: {error}")
 
     def report(self) -> None:
         """Write the report; a run does not end because it cannot."""
@@ -219,12 +159,83 @@ class Observer:
             self._progress.say(line)
 
     def close(self) -> None:
-        """Finish what is shown."""
-        self._progress.close()
+        """Finish what is shown and logged; a second call does nothing.
+
+        Called while an error ends the stage, as in ``finally``, it marks the run at Weights &
+        Biases as failed.
+        """
+        failed = sys.exc_info()[0] is not None
+        try:
+            self._progress.close()
+        finally:
+            if self._metrics is not None:
+                self._metrics.close(failed)
+
+    def _log(
+        self,
+        done: int,
+        losses: dict[str, float],
+        rates: Mapping[str, float],
+        norms: dict[str, Tensor],
+        skipped: bool,
+    ) -> str:
+        """Write a row of metrics; returns what progress says of it."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        speed = self._steps * self.config.optim.batch_size / seconds
+        if self._metrics is not None:
+            self._metrics.write(
+                {
+                    "step": done,
+                    **{f"loss_{name}": value for name, value in losses.items()},
+                    **rates,
+                    **{f"grad_{name}": norm.item() for name, norm in norms.items()},
+                    "skipped": int(skipped),
+                    "images_per_second": speed,
+                    "data_wait_percent": 100 * self._waited / seconds,
+                    "memory_gb": _memory_gb(self.runtime.device),
+                }
+            )
+        self._waited, self._since, self._steps = 0.0, time.monotonic(), 0
+        return f"loss {losses['total']:.4f}, {speed:.1f} images/s"
+
+    def _check(self, done: int, loss: float, observed: dict[str, Tensor]) -> None:
+        """Measure the health of the run and say what is wrong."""
+        update = self._change_of_weights()
+        tokens = self.tracker.tokens(self.runtime.device)
+        if not self.runtime.is_main:
+            return
+        row: dict[str, Any] = {"step": done, "loss": loss, "update": update, **measure(observed)}
+        row["gram_drift"] = self.tracker.drift(tokens)
+        row["verdicts"] = verdicts([*self._health.rows, row])
+        self._health.append(row)
+        for sentence in row["verdicts"]:
+            self.say(f"step {done}: {sentence}")
+
+    @torch.no_grad()
+    def _change_of_weights(self) -> float | None:
+        """Return the relative change of the backbone's first block since the last check.
+
+        Every rank keeps its own share; the main one's is reported.
+        """
+        block = self.distillation.student.backbone.vit.blocks[0]
+        shares = [p.to_local() if hasattr(p, "to_local") else p for p in block.parameters()]
+        now = torch.cat([s.detach().flatten().float() for s in shares]).clone()
+        before, self._weights = self._weights, now
+        if before is None:
+            return None
+        return float((now - before).norm() / before.norm().clamp(min=1e-12))
+
+    def _keep_maps(self, step: int) -> None:
+        tokens = self.tracker.tokens(self.runtime.device)
+        if self.runtime.is_main:
+            try:
+                self.tracker.save(step, tokens)
+            except UserError as error:
+                self.say(f"the maps of step {step} are left out: {error}")
 
 
 def _memory_gb(device: torch.device) -> float:
-    """Return the most memory in use so far: of the GPU, else of this process."""
+    """Return the peak memory so far: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -232,12 +243,3 @@ def _memory_gb(device: torch.device) -> float:
     except ImportError:  # Windows
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _append_row(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

@@ -2,190 +2,306 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnunetv2_meddinov3.files import read_rows
+from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
 from nnunetv2_meddinov3.pretrain.folders import CONFIG, HEALTH, PROBE, REPORT, RUN_FACTS
-from nnunetv2_meddinov3.pretrain.monitor.features import load_maps
-from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS, read_rows
-from nnunetv2_meddinov3.pretrain.monitor.run_figures import curves, maps
-from nnunetv2_meddinov3.pretrain.provenance import write_text
+from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS
+from nnunetv2_meddinov3.pretrain.monitor.tracker import (
+    Moment,
+    load_moments,
+    pca_maps,
+    similarity_maps,
+)
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; color: #222;
-  padding: 0 1rem }
-table { border-collapse: collapse }
-th, td { padding: .15rem .8rem; text-align: left; border-bottom: 1px solid #ddd }
-img { max-width: 100% }
-.wrong { color: #a02030 }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$summary</p>
-<h2>Health</h2>
-$health
-<h2>Losses and gradients</h2>
-$losses
-<h2>Figures of health</h2>
-<p>Effective rank: how many directions features fill. Entropy of the targets: 1 is uniform, which
-says nothing. Prototypes used: those that are some crop's first choice.</p>
-$figures
-$probes
-$maps
-<h2>Run</h2>
-$facts
-<h2>Config</h2>
-<details><summary>every value</summary><pre>$config</pre></details>
-</body>
-</html>
-""")
+WINDOW_HU = (-160, 240)  # soft tissue
+_BODY_HU = -300  # a pixel above it shows the body
+_COLUMNS = 3  # panels beside each other
+_COLOURS = {"student": "#4477aa", "teacher": "#cc6677"}
 
-_LOSSES = {
-    "total": ["loss_total"],
-    "DINO": ["loss_dino_local", "loss_dino_global"],
-    "iBOT": ["loss_ibot"],
-    "KoLeo (mean over crops)": ["loss_koleo"],
-    "Gram": ["loss_gram"],
-    "learning rate": ["lr"],
-    "gradient norm before clipping": ["grad_backbone", "grad_dino_head", "grad_ibot_head"],
-    "images per second": ["images_per_second"],
-    "waiting for data, %": ["data_wait_percent"],
+Rows = list[dict[str, Any]]
+Panels = dict[str, dict[str, str]]  # title -> key in a row -> its name in the legend
+
+_WHO = ("student", "teacher")
+_LOSSES: Panels = {
+    "total loss": {"loss_total": "total"},
+    "DINO loss": {"loss_dino_local": "local crops", "loss_dino_global": "global crops"},
+    "iBOT loss": {"loss_ibot": "iBOT"},
+    "KoLeo loss, mean over crops": {"loss_koleo": "KoLeo"},
+    "Gram loss": {"loss_gram": "Gram"},
+    "learning rate": {"lr": "learning rate"},
+    "gradient norm before clipping": {
+        "grad_backbone": "backbone",
+        "grad_dino_head": "DINO head",
+        "grad_ibot_head": "iBOT head",
+    },
+    "images per second": {"images_per_second": "images per second"},
+    "waiting for data, % of the time": {"data_wait_percent": "waiting"},
 }
-_FIGURES = {
-    "effective rank of cls tokens": ["cls_rank_student", "cls_rank_teacher"],
-    "effective rank of patch tokens": ["patch_rank_student", "patch_rank_teacher"],
-    "mean cosine between cls tokens": ["cls_similarity_student", "cls_similarity_teacher"],
-    "entropy of targets / ln K": ["cls_target_entropy_share", "patch_target_entropy_share"],
-    "prototypes used, share": ["prototypes_used"],
-    "drift of patch similarities": ["gram_drift"],
-    "relative change of weights": ["update"],
+_HEALTH: Panels = {
+    "effective rank of cls tokens": {f"cls_rank_{who}": who for who in _WHO},
+    "effective rank of patch tokens": {f"patch_rank_{who}": who for who in _WHO},
+    "mean cosine between cls tokens": {f"cls_similarity_{who}": who for who in _WHO},
+    "entropy of targets / ln K": {
+        "cls_target_entropy_share": "cls tokens",
+        "patch_target_entropy_share": "patch tokens",
+    },
+    "prototypes used, share": {"prototypes_used": "prototypes"},
+    "drift of patch similarities": {"gram_drift": "drift"},
+    "relative change of weights": {"update": "change"},
 }
-_PROBES = {
-    "slices, k-NN": ["knn"],
-    "slices, linear": ["linear"],
-    "segmentation, linear (Dice)": ["dense"],
+_PROBES: Panels = {
+    "k-NN on slices, mAP": {"knn": "k-NN"},
+    "linear probe on slices, mAP": {"linear": "linear"},
+    "linear segmentation, Dice": {"dense": "segmentation"},
 }
+_FACTS = {"world_size": "processes", "git": "code"}
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page, which needs no other file, from the files of a stage.
+    """Write the page of a stage from the files in its folder.
 
     Args:
         folder: Of the stage.
 
     Returns:
-        Its path.
+        The page, which needs no other file.
 
     Raises:
         UserError: If it cannot be written.
     """
     metrics, health = read_rows(folder / METRICS), read_rows(folder / HEALTH)
-    probes, moments = read_rows(folder / PROBE), load_maps(folder)
     facts = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
+    sections = [
+        Section("Health", [_verdicts(health)]),
+        Section("Losses and gradients", [_curves(metrics, _LOSSES)]),
+        Section(
+            "Health metrics",
+            [
+                Text(
+                    "Effective rank: how many directions the features fill. Entropy of the "
+                    "targets: 1 is uniform, which says nothing. Prototypes used: those that are "
+                    "the first choice of some crop."
+                ),
+                _curves(health, _HEALTH),
+            ],
+        ),
+        *_probes(read_rows(folder / PROBE)),
+        *_features(load_moments(folder)),
+        Section("Run", [_facts(facts)]),
+        Section("Config", [Code((folder / CONFIG).read_text(encoding="utf-8"), "every value")]),
+    ]
     title = f"{folder.resolve().parent.name}, {folder.name}"
-    page = _PAGE.substitute(
-        title=html.escape(title),
-        summary=html.escape(_summary(metrics)),
-        health=_verdicts(health),
-        losses=_image(curves(metrics, _LOSSES)) if metrics else "<p>None yet.</p>",
-        figures=_image(curves(health, _FIGURES)) if health else "<p>None yet.</p>",
-        probes=_probes(probes),
-        maps=_maps(moments),
-        facts=_table(facts),
-        config=html.escape((folder / CONFIG).read_text(encoding="utf-8")),
-    )
-    write_text(folder / REPORT, page)
-    return folder / REPORT
+    return write_page(folder / REPORT, title, [Text(_summary(metrics))], sections)
 
 
-def _summary(metrics: list[dict[str, Any]]) -> str:
+def _summary(metrics: Rows) -> str:
     if not metrics:
-        return "No step is done."
+        return "No step is done yet."
     last = metrics[-1]
     speed = sorted(row["images_per_second"] for row in metrics)[len(metrics) // 2]
-    skipped = sum(row["skipped"] for row in metrics)
     return (
-        f"{last['step']} steps, total loss {metrics[0]['loss_total']:.3f} at step "
+        f"{_count(last['step'], 'step')}, total loss {metrics[0]['loss_total']:.3f} at step "
         f"{metrics[0]['step']} and {last['loss_total']:.3f} at the last; {speed:.1f} images/s "
-        f"(median), {max(r['memory_gb'] for r in metrics):.2f} GB of memory, {skipped} of the "
-        "logged steps skipped."
+        f"(median), {max(row['memory_gb'] for row in metrics):.2f} GB of memory, "
+        f"{sum(row['skipped'] for row in metrics)} of the logged steps skipped."
     )
 
 
-def _verdicts(health: list[dict[str, Any]]) -> str:
-    """Each thing that went wrong, with the steps at which it was said."""
-    said: dict[str, list[int]] = {}
+def _verdicts(health: Rows) -> Block:
+    """Each thing that went wrong, as it was last said, with the steps at which it was said."""
+    said: dict[str, list[tuple[int, str]]] = {}
     for row in health:
         for sentence in row.get("verdicts", ()):
-            said.setdefault(sentence.partition("(")[0], []).append(row["step"])
+            # the same thing is said again with other numbers in brackets
+            said.setdefault(sentence.partition("(")[0], []).append((row["step"], sentence))
     if not said:
-        return "<p>Nothing went wrong at any check.</p>"
-    latest = {s.partition("(")[0]: s for row in health for s in row.get("verdicts", ())}
-    items = [
-        f"<li class=wrong>{html.escape(latest[key])} (checks from step {steps[0]} to {steps[-1]}, "
-        f"{len(steps)} of {len(health)})</li>"
-        for key, steps in said.items()
-    ]
-    return f"<ul>{''.join(items)}</ul>"
-
-
-def _probes(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    picture = _image(curves(rows, _PROBES))
-    start = next((r for r in rows if r.get("weights") == "start"), None)
-    words = ""
-    if start:
-        values = ", ".join(
-            f"{k} {start[k]:.3f}" for k in ("knn", "linear", "dense") if start.get(k)
-        )
-        words = f"<p>The weights at the start: {values} (step 0).</p>"
-    said = [r["verdict"] for r in rows if r.get("verdict")]
-    worse = f"<p class=wrong>{html.escape(said[-1])}</p>" if said else ""
-    return f"<h2>Probes</h2>{words}{worse}{picture}"
-
-
-def _maps(moments: list) -> str:
-    if not moments:
-        return ""
-    colours, similar = maps(moments)
-    return (
-        "<h2>Features of the teacher</h2><p>The same slices over time. Three principal "
-        "components of the patch tokens as red, green and blue; colours of neighbouring columns "
-        f"are turned to fit, their absolute values mean nothing.</p>{_image(colours)}<p>Cosine of "
-        f"every patch with the one at the cross.</p>{_image(similar)}"
+        return Text("Nothing went wrong at any check.")
+    return Items(
+        [
+            f"{each[-1][1]} (checks from step {each[0][0]} to {each[-1][0]}, {len(each)} of "
+            f"{len(health)})"
+            for each in said.values()
+        ],
+        "wrong",
     )
 
 
-def _table(facts: dict[str, Any]) -> str:
-    rows = [
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_plain(value))}</td></tr>"
-        for key, value in facts.items()
+def _probes(rows: Rows) -> list[Section]:
+    if not rows:
+        return []
+    blocks: list[Block] = []
+    start = next((row for row in rows if row.get("weights") == "start"), None)
+    if start:
+        values = [
+            f"{title} {start[key]:.3f}"
+            for title, series in _PROBES.items()
+            for key in series
+            if start.get(key) is not None
+        ]
+        blocks.append(Text(f"The weights at the start (step 0): {'; '.join(values)}."))
+    worse = [row["verdict"] for row in rows if row.get("verdict")]
+    if worse:
+        blocks.append(Text(worse[-1], "wrong"))
+    return [Section("Probes", [*blocks, _curves(rows, _PROBES)])]
+
+
+def _features(moments: list[Moment]) -> list[Section]:
+    if not moments:
+        return []
+    colours, similarities = draw_maps(moments)
+    steps = ", ".join(str(moment.step) for moment in moments)
+    grid = f"{_count(len(moments[-1].slices_hu), 'slice')}, a row each, at the steps {steps}"
+    return [
+        Section(
+            "Features of the teacher",
+            [
+                Text(
+                    "The same slices over time. Three principal components of the patch tokens as "
+                    "red, green and blue; colours of neighbouring columns are rotated to fit, "
+                    "their absolute values mean nothing."
+                ),
+                Picture(_png(colours), f"Principal components as colours: {grid}."),
+                Text("Cosine of every patch with the one at the cross."),
+                Picture(_png(similarities), f"Cosine with the patch at the cross: {grid}."),
+            ],
+        )
     ]
-    return f"<table>{''.join(rows)}</table>"
 
 
-def _plain(value: Any) -> str:
+def _facts(facts: dict[str, Any]) -> Table:
+    rows = [(_FACTS.get(k, k.replace("_", " ")), _words(value)) for k, value in facts.items()]
+    return Table((), rows, text=True)
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "unknown"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(
+            (k if v else f"not {k}") if isinstance(v, bool) else f"{k} {_words(v)}"
+            for k, v in value.items()
+        )
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _image(figure: Figure) -> str:
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _curves(rows: Rows, panels: Panels) -> Block:
+    panels = {
+        title: known
+        for title, series in panels.items()
+        if (known := {k: name for k, name in series.items() if _points(rows, k)})
+    }
+    if not panels:
+        return Text("None yet.")
+    return Picture(_png(draw_curves(rows, panels)), _in_words(rows, panels))
+
+
+def _in_words(rows: Rows, panels: Panels) -> str:
+    """What curves show, for those who cannot see them: where each begins and ends."""
+    parts = []
+    for title, series in panels.items():
+        ends = []
+        for key, name in series.items():
+            points = _points(rows, key)
+            which = f"{name} " if len(series) > 1 else ""
+            ends.append(f"{which}from {points[0][1]:.4g} to {points[-1][1]:.4g}")
+        parts.append(f"{title}: {', '.join(ends)}")
+    steps = f"from step {rows[0]['step']} to {rows[-1]['step']}"
+    return f"Curves {steps}: {'; '.join(parts)}."
+
+
+def _points(rows: Rows, key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def draw_curves(rows: Rows, panels: Panels) -> Figure:
+    """Draw numbers over steps.
+
+    Args:
+        rows: With ``step``.
+        panels: What is drawn in each; every key has a number in some row.
+    """
+    lines = -(-len(panels) // _COLUMNS)
+    figure = Figure(figsize=(4 * _COLUMNS, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, _COLUMNS, squeeze=False).ravel()
+    for axis, (title, series) in zip(axes, panels.items(), strict=False):
+        for key, name in series.items():
+            steps, values = zip(*_points(rows, key), strict=True)
+            axis.plot(steps, values, label=name, color=_COLOURS.get(name), linewidth=1.2)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - _COLUMNS) : len(panels)]:
+        axis.set_xlabel("step", fontsize=8)
+    return figure
+
+
+def draw_maps(moments: list[Moment]) -> tuple[Figure, Figure]:
+    """Draw the same slices over time: principal components as colours, and similarities.
+
+    Returns:
+        Slices as rows and steps as columns, twice; in the second the cross is the patch to which
+        every other is compared.
+    """
+    slices = moments[-1].slices_hu
+    places = [_place(s, p.shape[:2]) for s, p in zip(slices, moments[-1].patches, strict=True)]
+    (left, colour_axes), (right, similarity_axes) = _grid(moments), _grid(moments)
+    maps = pca_maps([moment.patches for moment in moments])
+    for k, (moment, colours) in enumerate(zip(moments, maps, strict=True), start=1):
+        similarities = similarity_maps(moment.patches, places)
+        for i, (row, column) in enumerate(places):
+            colour_axes[i, k].imshow(colours[i], interpolation="nearest")
+            shown = similarity_axes[i, k].imshow(similarities[i], cmap="magma", vmin=-0.2, vmax=1)
+            similarity_axes[i, k].plot(column, row, "+", color="#44dd88", markersize=9)
+    bar = right.colorbar(shown, ax=similarity_axes, shrink=0.5, aspect=30)
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("cosine", fontsize=8)
+    return left, right
+
+
+def _grid(moments: list[Moment]) -> tuple[Figure, np.ndarray]:
+    """A figure of axes, slices as rows; the first column shows the slices themselves."""
+    slices = moments[-1].slices_hu
+    rows, columns = len(slices), len(moments) + 1
+    figure = Figure(figsize=(1.9 * columns, 2.0 * rows + 0.3), layout="constrained")
+    axes: np.ndarray = figure.subplots(rows, columns, squeeze=False)
+    axis: Axes
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    axes[0, 0].set_title("slice", fontsize=9)
+    for i, image in enumerate(slices):
+        axes[i, 0].imshow(image, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
+    for k, moment in enumerate(moments, start=1):
+        axes[0, k].set_title(f"step {moment.step}", fontsize=9)
+    return figure, axes
+
+
+def _place(image: np.ndarray, grid: tuple[int, ...]) -> tuple[int, int]:
+    """The patch nearest to the middle of the body."""
+    body = np.argwhere(image > _BODY_HU)
+    middle = body.mean(0) if len(body) else np.array(image.shape) / 2
+    row, column = (middle * np.array(grid) / np.array(image.shape)).astype(int)
+    return min(int(row), grid[0] - 1), min(int(column), grid[1] - 1)
+
+
+def _png(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return data.getvalue()

@@ -1,1 +1,1 @@
-"""Measures frozen features on labelled slices: k-NN, linear, and linear segmentation."""
+"""Probes of frozen features on labelled slices: k-NN, linear, and linear segmentation."""

@@ -1,8 +1,7 @@
-"""Probes while a stage runs: of its starting weights and of the teacher now and then."""
+"""Probes while a stage runs: of its starting weights, and of the teacher now and then."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,28 @@ from torch import Tensor
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.build import backbone_from
+from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.pretrain.config import StageConfig
-from nnunetv2_meddinov3.pretrain.export import teacher_of
 from nnunetv2_meddinov3.pretrain.folders import PROBE
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
-from nnunetv2_meddinov3.pretrain.monitor.logger import read_rows
+from nnunetv2_meddinov3.pretrain.monitor.logger import StepRows
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
 
 
-class Prober:
+class ProbeCallback:
     """Appends to ``probe.jsonl`` and says if features become worse.
 
-    The labelled slices are read once, at the start, so that a mistake in them does not wait.
+    The labelled slices are read once, at the start, so that a mistake in them is found early.
 
     Args:
-        config: ``engine.probe_dataset`` and the contract.
+        config: ``engine.probe_dataset`` and the intensity contract.
         folder: Of the stage.
         runtime: This process; the main one probes while the others wait.
-        whole_model: Gathers the networks; every rank calls it.
+        teacher_backbone: Returns the tensors of the teacher's backbone, named as in its state dict,
+            on rank 0; every rank calls it.
         architecture: Of the backbone.
         step: Steps done before; later rows are dropped.
 
@@ -44,20 +45,20 @@ class Prober:
         config: StageConfig,
         folder: Path,
         runtime: Runtime,
-        whole_model: Callable[[], dict[str, Tensor]],
+        teacher_backbone: Callable[[], dict[str, Tensor]],
         architecture: Architecture,
         step: int,
     ) -> None:
-        self.path, self.runtime, self.architecture = folder / PROBE, runtime, architecture
-        self._whole_model, self._intensity = whole_model, intensity_of(config)
+        self.runtime, self.architecture = runtime, architecture
+        self._teacher_backbone, self._intensity = teacher_backbone, intensity_of(config)
         if runtime.is_main:
+            assert config.engine.probe_dataset is not None  # a rule of the config
             self._data = ProbeData.from_nnunet(config.engine.probe_dataset)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._rows = read_rows(self.path, before=step)
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in self._rows), "utf-8")
+            # a stage that begins anew probes its starting weights, row 0, again
+            self._rows = StepRows(folder / PROBE, step or -1)
 
     def __call__(self, step: int, weights: str) -> str | None:
-        """Probe the teacher as it is now.
+        """Probe the teacher as it is now; every rank must call this.
 
         Args:
             step: Steps done.
@@ -66,12 +67,16 @@ class Prober:
         Returns:
             A sentence if it is worse than the start, on the main process.
         """
-        model = self._whole_model()
-        sentence = None
-        if self.runtime.is_main:
-            sentence = self._probe(teacher_of(model, self.architecture), step, weights)
+        tensors = self._teacher_backbone()
+        sentence = (
+            self._probe(self._built(tensors), step, weights) if self.runtime.is_main else None
+        )
         self.runtime.barrier()
         return sentence
+
+    def _built(self, tensors: dict[str, Tensor]) -> Backbone:
+        canonical = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
+        return backbone_from(Checkpoint(self.architecture, canonical, "the teacher", "a stage"))
 
     def _probe(self, backbone: Backbone, step: int, weights: str) -> str | None:
         state = torch.get_rng_state()
@@ -80,9 +85,7 @@ class Prober:
         )
         torch.set_rng_state(state)
         row: dict[str, Any] = {"step": step, "weights": weights, **result.to_dict()}
-        start = next((r for r in self._rows if r["weights"] == "start"), None)
+        start = next((r for r in self._rows.rows if r["weights"] == "start"), None)
         row["verdict"] = None if start is None else verdict(start, row)
         self._rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
         return row["verdict"]

@@ -7,20 +7,27 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
 
 DEFAULT_SIZE = 224  # pixels
 DEFAULT_SLICES = 8  # of a case
 _HELD_OUT = 1 / 3  # of the patients, where no split is given
-_IGNORE = "ignore"
+
+
+class _Slice(NamedTuple):
+    hu: Float[np.ndarray, "height width"]
+    masks: Bool[np.ndarray, "structure height width"]
+    ignored: Bool[np.ndarray, "height width"]
 
 
 @dataclass
@@ -28,19 +35,22 @@ class ProbeData:
     """Slices with masks, in memory.
 
     Attributes:
-        images: (n, 1, S, S) in HU.
-        masks: (n, structures, S, S) bool.
-        structures: Their names; regions of a dataset may overlap.
+        images: In HU, squares.
+        masks: Where each structure is.
+        ignored: Pixels under nnU-Net's ignore label: what they show is not known, so they count
+            neither as a structure nor as background.
+        structures: Names of labels and regions; regions may overlap.
         patients: Of each slice.
-        is_held_out: (n,) bool; no patient is on both sides.
+        is_held_out: No patient is on both sides.
         name: Of the dataset.
     """
 
-    images: Tensor
-    masks: Tensor
+    images: Float[Tensor, "slice 1 size size"]
+    masks: Bool[Tensor, "slice structure size size"]
+    ignored: Bool[Tensor, "slice size size"]
     structures: list[str]
     patients: list[str]
-    is_held_out: np.ndarray
+    is_held_out: Bool[np.ndarray, " slice"]
     name: str
 
     @classmethod
@@ -55,9 +65,9 @@ class ProbeData:
     ) -> ProbeData:
         """Read slices of ``imagesTr`` and ``labelsTr``.
 
-        Of each case some slices are taken at even distances, three quarters of them with a
-        structure in them where there are such. Fold 0 of ``splits_final.json`` in the folder says
-        who is held out, otherwise a third of the patients by a hash of their names.
+        Some slices of each case are taken at even distances, three quarters of them with a
+        structure in them where possible. Fold 0 of ``splits_final.json`` in the folder says who is
+        held out, otherwise a third of the patients by a hash of their names.
 
         Args:
             folder: With dataset.json.
@@ -68,71 +78,47 @@ class ProbeData:
             seed: Of the split by hash.
 
         Raises:
-            UserError: If it is no labelled dataset, or has too few patients.
+            UserError: If it is not a labelled dataset, or has too few patients.
         """
-        folder = Path(folder)
-        facts = _read_json(folder / "dataset.json")
-        structures = _structures(facts, folder)
-        cases = _cases(folder, facts)
+        dataset = open_raw_dataset(folder)
+        if not dataset.labels:
+            raise UserError(
+                f"{dataset.folder / 'dataset.json'} must name labels, but it names none."
+            )
+        cases = _cases(dataset)
         names = {case: _patient(case, patients) for case in cases}
-        held_out = _split(folder, names, seed)
-        images, masks, whose, is_held_out = [], [], [], []
+        held_out = _split(dataset.folder, names, seed)
+        slices, whose, is_held_out = [], [], []
         for case, (image, label) in cases.items():
-            taken = _read_case(image, label, list(structures.values()), slices_per_case)
-            for hu, mask in taken:
-                images.append(_square(torch.from_numpy(hu)[None, None], size, "bicubic")[0])
-                masks.append(_square(torch.from_numpy(mask)[None].float(), size, "area")[0] >= 0.5)
+            for each in _read_case(image, label, dataset, slices_per_case):
+                slices.append(_resized(each, size))
                 whose.append(names[case])
                 is_held_out.append(case in held_out)
-        if not images:
+        if not slices:
             raise UserError(f"{folder} must hold labelled slices, but none could be taken.")
+        images, masks, ignored = (torch.stack(part) for part in zip(*slices, strict=True))
         return cls(
-            torch.stack(images),
-            torch.stack(masks),
-            list(structures),
+            images,
+            masks,
+            ignored,
+            list(dataset.labels),
             whose,
             np.array(is_held_out),
-            folder.resolve().name,
+            dataset.name,
         )
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"a labelled nnU-Net raw dataset has a {path.name}, but there is no {path}: give the "
-            "folder DatasetXXX_Name in nnUNet_raw."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} must be readable JSON, but it is not: {error}.") from error
-
-
-def _structures(facts: dict[str, Any], folder: Path) -> dict[str, list[int]]:
-    """Names and label values, without background and ignored pixels."""
-    out = {}
-    for name, value in facts.get("labels", {}).items():
-        values = [int(v) for v in value] if isinstance(value, list) else [int(value)]
-        if name.lower() not in ("background", _IGNORE):
-            out[name] = values
-    if not out:
-        raise UserError(f"{folder / 'dataset.json'} must name labels, but it names none.")
-    return out
-
-
-def _cases(folder: Path, facts: dict[str, Any]) -> dict[str, tuple[Path, Path]]:
-    """Case -> image of the first channel and label."""
-    ending = facts.get("file_ending", ".nii.gz")
-    cases = {}
-    for label in sorted((folder / "labelsTr").glob(f"*{ending}")):
-        case = label.name.removesuffix(ending)
-        image = folder / "imagesTr" / f"{case}_0000{ending}"
-        if image.is_file():
-            cases[case] = (image, label)
+def _cases(dataset: RawDataset) -> dict[str, tuple[Path, Path]]:
+    """Return case -> image of the first channel and label, for cases that have both."""
+    cases = {
+        case: (channels[0], dataset.label(case))
+        for case, channels in dataset.images().items()
+        if 0 in channels and channels[0].is_file() and dataset.label(case).is_file()
+    }
     if not cases:
         raise UserError(
-            f"a labelled nnU-Net raw dataset has imagesTr and labelsTr, but {folder} holds no case "
-            f"with both (file_ending {ending})."
+            f"a labelled nnU-Net raw dataset has imagesTr and labelsTr, but {dataset.folder} holds "
+            f"no case with both (file_ending {dataset.ending or 'is not given'})."
         )
     return cases
 
@@ -159,10 +145,7 @@ def _split(folder: Path, patients: dict[str, str], seed: int) -> set[str]:
     """
     path = folder / "splits_final.json"
     if path.is_file():
-        try:
-            held_out = set(_read_json(path)[0]["val"]) & set(patients)
-        except (LookupError, TypeError) as error:
-            raise UserError(f"{path} must be nnU-Net's list of folds, but it is not.") from error
+        held_out = _validation_cases(path) & set(patients)
     else:
         rank = sorted(
             set(patients.values()), key=lambda p: hashlib.sha256(f"{seed}{p}".encode()).hexdigest()
@@ -183,48 +166,80 @@ def _split(folder: Path, patients: dict[str, str], seed: int) -> set[str]:
     return held_out
 
 
-def _read_case(
-    image: Path, label: Path, structures: list[list[int]], count: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (H, W) float32 slices and (structures, H, W) bool masks."""
+def _validation_cases(path: Path) -> set[str]:
     try:
-        read = [_axial(sitk.ReadImage(str(path))) for path in (image, label)]
+        return set(json.loads(path.read_text(encoding="utf-8"))[0]["val"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} must be readable JSON, but: {first_line(error)}.") from error
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path} must be nnU-Net's list of folds, but it is not.") from error
+
+
+def _read_case(image: Path, label: Path, dataset: RawDataset, count: int) -> list[_Slice]:
+    """Read some axial slices of a case."""
+    values, labels = _read_pair(image, label)
+    masks = np.stack([np.isin(labels, each) for each in dataset.labels.values()], axis=1)
+    ignored = np.zeros(labels.shape, bool) if dataset.ignore is None else labels == dataset.ignore
+    known = ~ignored.all(axis=(1, 2))  # a slice without a known label says nothing
+    shows = masks.any(axis=(1, 2, 3))
+    chosen = _spread(np.flatnonzero(known & shows), np.flatnonzero(known & ~shows), count)
+    return [_Slice(values[z].astype(np.float32), masks[z], ignored[z]) for z in chosen]
+
+
+def _read_pair(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its label map as (slice, height, width)."""
+    try:
+        values, labels = (_slices(sitk.ReadImage(str(path))) for path in (image, label))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1]  # SimpleITK says the reason last
         raise UserError(f"{image} and its label must be readable, but: {reason}.") from error
-    values, labels = (sitk.GetArrayFromImage(each) for each in read)
-    values, labels = (a if a.ndim > 2 else a[None] for a in (values, labels))
-    if values.ndim == 4:  # a picture in colours: all channels are the same grey
-        values = values[..., 0]
     if values.shape != labels.shape:
         raise UserError(
             f"{image} and its label must have one shape, got {values.shape} and {labels.shape}."
         )
-    masks = np.stack([np.isin(labels, s) for s in structures], axis=1)
-    return [
-        (values[z].astype(np.float32), masks[z]) for z in _spread(masks.any(axis=(1, 2, 3)), count)
-    ]
+    return values, labels
 
 
-def _axial(image: sitk.Image) -> sitk.Image:
-    return sitk.DICOMOrient(image, "LPS") if image.GetDimension() == 3 else image
+def _slices(image: sitk.Image) -> np.ndarray:
+    """Return a volume's axial slices, or a 2D image as one slice."""
+    oriented = sitk.DICOMOrient(image, "LPS") if image.GetDimension() == 3 else image
+    array = sitk.GetArrayFromImage(oriented)
+    if image.GetNumberOfComponentsPerPixel() > 1:  # a picture in colours: all are the same grey
+        array = array[..., 0]
+    return array if array.ndim > 2 else array[None]
 
 
-def _spread(is_foreground: np.ndarray, count: int) -> list[int]:
-    """Numbers of slices at even distances, three quarters of them with a structure."""
-    front, back = np.flatnonzero(is_foreground), np.flatnonzero(~is_foreground)
-    wanted = min(len(front), max(count - count // 4, count - len(back)))
-    parts = ((front, wanted), (back, min(len(back), count - wanted)))
+def _spread(shows: np.ndarray, others: np.ndarray, count: int) -> list[int]:
+    """Choose slices at even distances, three quarters of them with a structure.
+
+    Args:
+        shows: Numbers of the slices with a structure.
+        others: Numbers of those without.
+        count: How many at most.
+    """
+    wanted = min(len(shows), max(count - count // 4, count - len(others)))
+    parts = ((shows, wanted), (others, min(len(others), count - wanted)))
     chosen = [p[np.linspace(0, len(p) - 1, n).round().astype(int)] for p, n in parts if n]
     return sorted(set(np.concatenate(chosen).tolist())) if chosen else []
 
 
-def _square(images: Tensor, size: int, mode: str) -> Tensor:
-    """Pad (n, c, H, W) to a square with its smallest values and resize it."""
+def _resized(each: _Slice, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return image (1, S, S), masks (structure, S, S) and ignored pixels (S, S) as squares.
+
+    A pixel shows a structure if half of what is known of it does, and is ignored if nothing is.
+    """
+    image = _square(torch.from_numpy(each.hu)[None], fill=float(each.hu.min()))
+    image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
+    layers = np.concatenate([each.masks, each.ignored[None]])
+    shares = _square(torch.from_numpy(layers).float(), fill=0)
+    shares = F.interpolate(shares[None], (size, size), mode="area")[0]
+    known = 1 - shares[-1]
+    return image, (shares[:-1] >= 0.5 * known) & (known > 0), known <= 0
+
+
+def _square(images: Tensor, fill: float) -> Tensor:
+    """Pad (channels, H, W) to a square, the image in the middle."""
     h, w = images.shape[-2:]
     side = max(h, w)
-    pad = ((side - w) // 2, side - w - (side - w) // 2, (side - h) // 2, side - h - (side - h) // 2)
-    padded = F.pad(images, pad, value=float(images.min()))
-    if mode == "area":
-        return F.interpolate(padded, (size, size), mode="area")
-    return F.interpolate(padded, (size, size), mode=mode, antialias=True)
+    left, top = (side - w) // 2, (side - h) // 2
+    return F.pad(images, (left, side - w - left, top, side - h - top), value=fill)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
 
@@ -34,8 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.slices_per_case < 1:
         raise UserError(f"--slices-per-case must be at least 1, got {arguments.slices_per_case}.")
     # Imported here because `--help` need not wait for torch.
-    from nnunetv2_meddinov3.pretrain.probe.comparing import compare, table
+    from nnunetv2_meddinov3.files import write_text
     from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
+    from nnunetv2_meddinov3.pretrain.probe.probing import compare, table
 
     data = ProbeData.from_nnunet(
         arguments.dataset,
@@ -48,14 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(table(results, data))
     if arguments.json is not None:
-        _write(arguments.json, {name: result.to_dict() for name, result in results.items()})
+        content = {name: result.to_dict() for name, result in results.items()}
+        write_text(arguments.json, f"{json.dumps(content, indent=1)}\n")
     return 0
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    from nnunetv2_meddinov3.pretrain.provenance import write_text
-
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

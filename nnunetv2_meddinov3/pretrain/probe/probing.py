@@ -1,39 +1,55 @@
-"""One probe of one backbone: features once, three small models, figures with their uncertainty."""
+"""Probes of backbones: features once, three small models, scores with their uncertainty."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.build import backbone_from
+from nnunetv2_meddinov3.models.resolve import resolve_source
+from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint
 from nnunetv2_meddinov3.pretrain.config import Intensity
+from nnunetv2_meddinov3.pretrain.folders import CHECKPOINTS, EXPORT
+from nnunetv2_meddinov3.pretrain.origins import state_of
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,
     best_thresholds,
     fit_linear,
     neighbour_scores,
+    resampled_average_precision,
 )
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 
-_MOST_PATCHES = 20_000  # to which the dense probe is fitted
+_MAX_PATCHES = 20_000  # to which the dense probe is fitted
+_THRESHOLD_SLICES = 64  # on which its thresholds are chosen
 _DENSE_L2 = 1e-3
 _BATCH = 16
 _DRAWS = 1000  # of the bootstrap
-_FEWEST = 5  # held-out patients for a verdict
+_MIN_HELD_OUT = 5  # patients, for a verdict
 KINDS = ("knn", "linear", "dense")
+_COLUMNS = {"knn": "k-NN (mAP)", "linear": "linear (mAP)", "dense": "segmentation (Dice)"}
+_IN_WORDS = {
+    "knn": "k-NN on slices",
+    "linear": "the linear probe on slices",
+    "dense": "linear segmentation",
+}
 
 
 @dataclass
 class ProbeResult:
-    """Figures on held-out patients.
+    """Scores on held-out patients.
 
     Attributes:
         knn: Mean average precision of the structures a slice shows, by k-NN on cls tokens; None
@@ -42,7 +58,7 @@ class ProbeResult:
         dense: Mean Dice of a linear classifier of patch tokens.
         chance: Mean average precision of blind guessing.
         intervals: Kind -> 95 % interval over resampled held-out patients.
-        structures: Name -> its own figures.
+        structures: Name -> its own scores.
         slices: Numbers of slices trained on and held out.
         patients: Numbers of patients.
     """
@@ -87,63 +103,88 @@ def run_probe(
             f"the size of a probe must be a multiple of {backbone.patch_size} pixels, got {size}."
         )
     cls, patches = _features(backbone, data, intensity, device)
-    out = torch.from_numpy(data.is_held_out)
-    shown = data.masks.flatten(2).any(2)  # (n, structures)
-    whose = np.array(data.patients)
-    own = whose[~data.is_held_out].tolist()
-    scores = {
-        "knn": neighbour_scores(cls[~out], shown[~out], cls[out]).numpy(),
-        "linear": fit_linear(cls[~out], shown[~out], own, seed)(cls[out]).numpy(),
-    }
-    labels = shown[out].numpy()
-    usable = [
-        i
-        for i in range(len(data.structures))
-        if all(0 < shown[part][:, i].sum() < part.sum() for part in (out, ~out))
-    ]
-    overlaps = _dense(patches, data, out, seed)  # (slices held out, structures, 3)
-    groups = whose[data.is_held_out]
-
-    def figures(rows: np.ndarray) -> dict[str, list[float]]:
-        """Figures of each structure over some held-out slices, repeated ones included."""
-        both, found, true = np.moveaxis(overlaps[rows].sum(0), -1, 0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            dice = np.where(true > 0, 2 * both / (found + true), np.nan)
-        ap = {
-            kind: [average_precision(s[rows][:, i], labels[rows][:, i]) for i in usable]
-            for kind, s in scores.items()
-        }
-        return {**ap, "dense": dice.tolist()}
-
-    everyone = figures(np.arange(len(groups)))
-    means = {kind: _mean(everyone[kind]) for kind in KINDS}
+    held_out = _predict(cls, patches, data, seed)
+    scores = held_out.scores()
+    fitted_to = [p for p, out in zip(data.patients, data.is_held_out, strict=True) if not out]
     return ProbeResult(
-        **means,
-        chance=_mean([float(labels[:, i].mean()) for i in usable]),
-        intervals=_intervals(figures, groups, seed),
+        **{kind: _mean(scores[kind]) for kind in KINDS},
+        chance=held_out.chance(),
+        intervals=_intervals(held_out, seed),
         structures={
-            name: {
-                "knn": _plain(everyone["knn"][usable.index(i)]) if i in usable else None,
-                "linear": _plain(everyone["linear"][usable.index(i)]) if i in usable else None,
-                "dense": _plain(everyone["dense"][i]),
-            }
+            name: {kind: _known(scores[kind][i]) for kind in KINDS}
             for i, name in enumerate(data.structures)
         },
-        slices=[int((~out).sum()), int(out.sum())],
-        patients=[len(set(own)), len(set(groups))],
+        slices=[len(fitted_to), len(held_out.patients)],
+        patients=[len(set(fitted_to)), len(set(held_out.patients))],
     )
+
+
+@dataclass
+class _HeldOut:
+    """What was predicted for the held-out slices.
+
+    Attributes:
+        patients: Of each slice.
+        shown: Which structures a slice shows.
+        is_whole: Whether all of a slice is labelled; what others show is not fully known.
+        usable: Structures whose average precision can be measured.
+        predicted: Kind -> what says how likely a slice shows a structure.
+        overlaps: Pixels in both prediction and mask, in the prediction, in the mask.
+    """
+
+    patients: np.ndarray
+    shown: Bool[np.ndarray, "slice structure"]
+    is_whole: Bool[np.ndarray, " slice"]
+    usable: list[int]
+    predicted: dict[str, Float[np.ndarray, "slice structure"]]
+    overlaps: Float[np.ndarray, "slice structure 3"]
+
+    def scores(self) -> dict[str, Float[np.ndarray, " structure"]]:
+        """Return kind -> score of each structure; NaN where there is none."""
+        shown, predicted = self._whole()
+        out = {kind: np.full(shown.shape[1], np.nan) for kind in ("knn", "linear")}
+        for kind, values in predicted.items():
+            for i in self.usable:
+                out[kind][i] = average_precision(values[:, i], shown[:, i])
+        return {**out, "dense": _dice(self.overlaps.sum(0))}
+
+    def resampled(
+        self, times: Int[np.ndarray, "draw slice"]
+    ) -> dict[str, Float[np.ndarray, "draw structure"]]:
+        """Return kind -> scores of each draw, which has each slice so many times."""
+        shown, predicted = self._whole()
+        out = {
+            kind: np.stack(
+                [
+                    resampled_average_precision(values[:, i], shown[:, i], times[:, self.is_whole])
+                    for i in self.usable
+                ],
+                axis=1,
+            )
+            for kind, values in predicted.items()
+        }
+        return {**out, "dense": _dice(np.einsum("dn,nsk->dsk", times, self.overlaps))}
+
+    def _whole(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """What whole slices show, and what was predicted for them."""
+        predicted = {kind: values[self.is_whole] for kind, values in self.predicted.items()}
+        return self.shown[self.is_whole], predicted
+
+    def chance(self) -> float | None:
+        """Return the mean average precision of blind guessing: how often structures are shown."""
+        return _mean([float(self.shown[self.is_whole, i].mean()) for i in self.usable])
 
 
 @torch.no_grad()
 def _features(
     backbone: Backbone,
     data: ProbeData,
-    intensity: dict[str, Any] | None,
+    contract: dict[str, Any] | None,
     device: torch.device | str,
-) -> tuple[Tensor, Tensor]:
-    """Return cls tokens (n, D) of the last block and patch tokens (n, h, w, 4 D) of four depths."""
+) -> tuple[Float[Tensor, "slice dim"], Float[Tensor, "slice row column wide"]]:
+    """Return cls tokens of the last block and patch tokens of four depths side by side."""
     plain = Intensity()
-    contract = intensity or {"clip": plain.clip_hu, "mean": plain.mean_hu, "std": plain.std_hu}
+    contract = contract or {"clip": plain.clip_hu, "mean": plain.mean_hu, "std": plain.std_hu}
     backbone = backbone.eval().to(device)
     grid = data.images.shape[-1] // backbone.patch_size
     layers = default_layers(backbone.depth)
@@ -158,56 +199,103 @@ def _features(
     return torch.cat(cls), torch.cat(patches)
 
 
-def _dense(patches: Tensor, data: ProbeData, out: Tensor, seed: int) -> np.ndarray:
-    """Return (held-out slices, structures, 3): pixels in both, in the prediction, in the mask."""
-    grid = patches.shape[1]
-    shares = F.adaptive_avg_pool2d(data.masks.float(), grid).movedim(1, -1)  # (n, h, w, structures)
-    rows = patches[~out].flatten(0, 2)
-    targets = shares[~out].flatten(0, 2)
+def _predict(cls: Tensor, patches: Tensor, data: ProbeData, seed: int) -> _HeldOut:
+    """Fit the three models to the training patients and let them predict the held-out slices."""
+    out = torch.from_numpy(data.is_held_out)
+    shown = data.masks.flatten(2).any(2)  # (slice, structure)
+    is_whole = ~data.ignored.flatten(1).any(1)
+    parts = (is_whole & ~out, is_whole & out)
+    usable = [
+        i
+        for i in range(len(data.structures))
+        if all(0 < shown[part, i].sum() < part.sum() for part in parts)
+    ]
+    predicted = {}
+    if usable:
+        fit = parts[0]
+        owners = np.array(data.patients)[fit.numpy()].tolist()
+        predicted["knn"] = neighbour_scores(cls[fit], shown[fit], cls[out])
+        predicted["linear"] = fit_linear(cls[fit], shown[fit], owners, seed)(cls[out]).numpy()
+    return _HeldOut(
+        patients=np.array(data.patients)[data.is_held_out],
+        shown=shown[out].numpy(),
+        is_whole=is_whole[out].numpy(),
+        usable=usable,
+        predicted=predicted,
+        overlaps=_overlaps(patches, data, out, seed),
+    )
+
+
+def _overlaps(patches: Tensor, data: ProbeData, out: Tensor, seed: int) -> np.ndarray:
+    """Segment the held-out slices by a linear classifier of patch tokens, and count pixels."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(rows), generator=generator)[:_MOST_PATCHES]
-    model = Linear(rows[chosen], targets[chosen], _DENSE_L2)
-
-    def probabilities(part: Tensor) -> Tensor:
-        logits = model(part.flatten(0, 2)).unflatten(0, part.shape[:3]).movedim(-1, 1)
-        size = data.masks.shape[-2:]
-        return F.interpolate(logits, size, mode="bilinear", align_corners=False).sigmoid()
-
-    train = (~out).nonzero()[:, 0]
-    some = train[torch.randperm(len(train), generator=generator)[:64]]
-    thresholds = best_thresholds(probabilities(patches[some]), data.masks[some])
-    overlaps = []
-    for part, masks in zip(patches[out].split(_BATCH), data.masks[out].split(_BATCH), strict=True):
-        found = probabilities(part) > thresholds[:, None, None]
-        counts = [(found & masks).sum((2, 3)), found.sum((2, 3)), masks.sum((2, 3))]
-        overlaps.append(torch.stack(counts, -1))
-    return torch.cat(overlaps).double().numpy()
+    train, held_out = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+    model = _fit_dense(patches[train], data.masks[train], data.ignored[train], generator)
+    some = train[torch.randperm(len(train), generator=generator)[:_THRESHOLD_SLICES]]
+    shares = _probabilities(model, patches[some], data.ignored[some])
+    thresholds = best_thresholds(shares, data.masks[some])[:, None, None]
+    counts = []
+    for rows in held_out.split(_BATCH):
+        masks = data.masks[rows]
+        found = _probabilities(model, patches[rows], data.ignored[rows]) > thresholds
+        pixels = [(found & masks).sum((2, 3)), found.sum((2, 3)), masks.sum((2, 3))]
+        counts.append(torch.stack(pixels, -1))
+    return torch.cat(counts).double().numpy()
 
 
-def _intervals(figures: Any, groups: np.ndarray, seed: int) -> dict[str, list[float]]:
-    """95 % percentile intervals of the means, held-out patients resampled."""
-    names = np.unique(groups)
-    rows = {name: np.flatnonzero(groups == name) for name in names}
-    rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(_DRAWS if len(names) > 1 else 0):
-        chosen = np.concatenate([rows[n] for n in rng.choice(names, len(names))])
-        for kind, values in figures(chosen).items():
-            if (mean := _mean(values)) is not None:
-                draws[kind].append(mean)
-    return {
-        kind: [float(v) for v in np.percentile(values, [2.5, 97.5])]
-        for kind, values in draws.items()
-        if values
-    }
+def _fit_dense(
+    patches: Tensor, masks: Tensor, ignored: Tensor, generator: torch.Generator
+) -> Linear:
+    """Fit to the share of each structure in what is labelled of a patch."""
+    grid = patches.shape[1]
+    labelled = F.adaptive_avg_pool2d((~ignored[:, None]).float(), grid).movedim(1, -1)
+    shares = F.adaptive_avg_pool2d(masks.float(), grid).movedim(1, -1)  # (n, h, w, structure)
+    is_known = labelled.flatten() > 0
+    rows = patches.flatten(0, 2)[is_known]
+    targets = (shares / labelled).flatten(0, 2)[is_known]
+    chosen = torch.randperm(len(rows), generator=generator)[:_MAX_PATCHES]
+    return Linear(rows[chosen], targets[chosen], _DENSE_L2)
 
 
-def _mean(values: list[float]) -> float | None:
+def _probabilities(
+    model: Linear, patches: Float[Tensor, "slice row column wide"], ignored: Tensor
+) -> Float[Tensor, "slice structure height width"]:
+    """Return the probability of each structure at each pixel, 0 where a pixel is ignored."""
+    logits = model(patches.flatten(0, 2)).unflatten(0, patches.shape[:3]).movedim(-1, 1)
+    size = ignored.shape[-2:]
+    shares = F.interpolate(logits, size, mode="bilinear", align_corners=False).sigmoid()
+    return shares.masked_fill(ignored[:, None], 0)
+
+
+def _dice(overlaps: Float[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape"]:
+    """Return the Dice of pixels in both, in the prediction, in the mask; NaN for an empty mask."""
+    both, found, true = np.moveaxis(overlaps, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(true > 0, 2 * both / (found + true), np.nan)
+
+
+def _intervals(held_out: _HeldOut, seed: int) -> dict[str, list[float]]:
+    """Return 95 % percentile intervals of the means, held-out patients resampled."""
+    names, whose = np.unique(held_out.patients, return_inverse=True)
+    if len(names) < 2:
+        return {}
+    chosen = np.random.default_rng(seed).choice(len(names), (_DRAWS, len(names)))
+    times = np.stack([np.bincount(draw, minlength=len(names)) for draw in chosen])
+    out = {}
+    for kind, values in held_out.resampled(times[:, whose]).items():
+        known = values[np.isfinite(values).any(1)]
+        if len(known):
+            low, high = np.percentile(np.nanmean(known, axis=1), [2.5, 97.5])
+            out[kind] = [float(low), float(high)]
+    return out
+
+
+def _mean(values: Iterable[float]) -> float | None:
     known = [v for v in values if np.isfinite(v)]
     return float(np.mean(known)) if known else None
 
 
-def _plain(value: float) -> float | None:
+def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
@@ -222,20 +310,87 @@ def verdict(start: dict[str, Any], now: dict[str, Any]) -> str | None:
         A sentence; None while their intervals overlap, or there are too few held-out patients for
         intervals to mean anything.
     """
-    if start["patients"][1] < _FEWEST:
+    if start["patients"][1] < _MIN_HELD_OUT:
         return None
-    names = {
-        "knn": "k-NN on slices",
-        "linear": "the linear probe on slices",
-        "dense": "linear segmentation",
-    }
-    for kind, name in names.items():
+    for kind, name in _IN_WORDS.items():
         interval, later = start["intervals"].get(kind), now["intervals"].get(kind)
         if interval and later and later[1] < interval[0]:
-            value = now[kind]
             return (
                 f"the features have become worse than those the run started from: {name} gives "
-                f"{value:.3f} now and gave {start[kind]:.3f} (95 % interval {interval[0]:.3f} to "
-                f"{interval[1]:.3f}); lower optim.lr, or stop here and take an earlier export."
+                f"{now[kind]:.3f} now and gave {start[kind]:.3f} (95 % interval {interval[0]:.3f} "
+                f"to {interval[1]:.3f}); lower optim.lr, or stop here and take an earlier export."
             )
     return None
+
+
+def compare(
+    sources: list[str], data: ProbeData, *, device: str = "auto", with_random: bool = False
+) -> dict[str, ProbeResult]:
+    """Probe several weights on the same slices.
+
+    Args:
+        sources: Anything that ``load_backbone`` takes, or folders of pretraining stages.
+        data: The slices.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        with_random: Whether random weights of the first one's size are probed too.
+
+    Returns:
+        Source -> result, in the order given.
+
+    Raises:
+        UserError: If weights cannot be read, or there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU that PyTorch can use, but there is none.")
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    checkpoints = {source: _read(source) for source in sources}  # all, before any work
+
+    def probe(backbone: Backbone, checkpoint: Checkpoint) -> ProbeResult:
+        intensity = checkpoint.metadata.get("intensity")
+        return run_probe(backbone, data, intensity=intensity, device=chosen)
+
+    results = {name: probe(backbone_from(each), each) for name, each in checkpoints.items()}
+    if with_random:
+        first = checkpoints[sources[0]]
+        torch.manual_seed(0)
+        results["random weights"] = probe(Backbone(first.architecture), first)
+    return results
+
+
+def _read(source: str) -> Checkpoint:
+    folder = Path(source)
+    if (folder / EXPORT).is_file():
+        return read_checkpoint(folder / EXPORT)
+    if (folder / CHECKPOINTS).is_dir() and (state := state_of(folder)) is not None:
+        return read_checkpoint(state, branch="teacher")
+    return resolve_source(source)
+
+
+def table(results: dict[str, ProbeResult], data: ProbeData) -> str:
+    """Return the scores as text, one line for each of the weights."""
+    first = next(iter(results.values()))
+    width = max(len("weights"), *map(len, results))
+    lines = [
+        f"{data.name}: {first.slices[0]} slices of {first.patients[0]} patients to fit, "
+        f"{first.slices[1]} of {first.patients[1]} held out",
+        f"{'weights':{width}}  " + "".join(f"{title:26}" for title in _COLUMNS.values()),
+    ]
+    for name, result in results.items():
+        cells = "".join(f"{_cell(result, kind):26}" for kind in KINDS)
+        lines.append(f"{name:{width}}  {cells}".rstrip())
+    if first.chance is not None:
+        lines.append(f"{'blind guess':{width}}  {first.chance:<26.3f}{first.chance:.3f}")
+    if first.knn is None:
+        which = "completely labelled slices" if data.ignored.any() else "slices"
+        lines.append(
+            f"k-NN and linear: no structure is shown by some {which} and not by others in both "
+            "parts."
+        )
+    return "\n".join(lines)
+
+
+def _cell(result: ProbeResult, kind: str) -> str:
+    value, interval = getattr(result, kind), result.intervals.get(kind)
+    if value is None:
+        return "not measurable"
+    return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,8 +29,8 @@ class Box(NamedTuple):
 def draw_box(
     height: int,
     width: int,
-    scale: tuple[float, float],
-    aspect_ratio: tuple[float, float],
+    scale: Sequence[float],
+    aspect_ratio: Sequence[float],
     flip: float,
     generator: np.random.Generator,
 ) -> Box:
@@ -46,7 +47,7 @@ def draw_box(
     is_flipped = bool(generator.random() < flip)
     low, high = map(math.log, aspect_ratio)
     for _ in range(_TRIES):
-        area = height * width * generator.uniform(*scale)
+        area = height * width * generator.uniform(scale[0], scale[1])
         aspect = math.exp(generator.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -58,20 +59,19 @@ def draw_box(
     return Box((height - h) // 2, (width - w) // 2, h, w, is_flipped)
 
 
-def crop_and_resize(slices: Tensor, numbers: list[int], boxes: list[Box], size: int) -> Tensor:
+def crop_and_resize(
+    slices: Float[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
+) -> Float[Tensor, "crop 1 {size} {size}"]:
     """Cut boxes out of slices and resize them to squares.
 
     Equal to ``interpolate(mode="bicubic", antialias=True)`` of each box by itself, which is what
     runs on the CPU; on a GPU all boxes are resampled at once by two batched matrix products.
 
     Args:
-        slices: (B, H, W) fp32; smaller ones are padded below and to the right.
+        slices: In HU; smaller ones are padded below and to the right.
         numbers: For each crop, which of the slices it is cut from.
         boxes: Within the unpadded slices.
         size: Side of the crops in pixels.
-
-    Returns:
-        (len(boxes), 1, size, size).
     """
     if slices.device.type == "cpu":
         return torch.stack(
@@ -80,7 +80,9 @@ def crop_and_resize(slices: Tensor, numbers: list[int], boxes: list[Box], size: 
     return _resize_all(slices, numbers, boxes, size)
 
 
-def _resize_all(slices: Tensor, numbers: list[int], boxes: list[Box], size: int) -> Tensor:
+def _resize_all(
+    slices: Float[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
+) -> Float[Tensor, "crop 1 {size} {size}"]:
     rows = _matrices([(b.top, b.height, False) for b in boxes], slices.shape[1], size, slices)
     columns = _matrices([(b.left, b.width, b.flip) for b in boxes], slices.shape[2], size, slices)
     chosen = slices[torch.tensor(numbers).to(slices.device, non_blocking=True)]
@@ -99,7 +101,9 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _resize(image: Tensor, box: Box, size: int) -> Tensor:
+def _resize(
+    image: Float[Tensor, "height width"], box: Box, size: int
+) -> Float[Tensor, "1 {size} {size}"]:
     top, left, height, width, flip = box
     part = image[None, None, top : top + height, left : left + width]
     out = F.interpolate(part, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
@@ -108,8 +112,8 @@ def _resize(image: Tensor, box: Box, size: int) -> Tensor:
 
 def _matrices(
     intervals: list[tuple[int, int, bool]], length: int, size: int, like: Tensor
-) -> Tensor:
-    """Resampling matrices (n, size, length) of intervals (start, extent, mirrored) of an axis.
+) -> Float[Tensor, "crop {size} {length}"]:
+    """Return the resampling matrices of intervals (start, extent, mirrored) of an axis.
 
     The kernel is bicubic with a = -0.5, widened by the factor of reduction, cut off at the ends of
     the interval and normalised, as torch's and PIL's antialiased resizing.

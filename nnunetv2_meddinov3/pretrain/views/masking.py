@@ -1,8 +1,10 @@
 """Which patches the student does not see: blocks of patches in half of the global crops (iBOT)."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool
 
 _ASPECT = (0.3, 1 / 0.3)  # of a block
 _SMALLEST = 4  # patches of a block
@@ -11,7 +13,7 @@ _LARGEST_SHARE = 0.5  # of the patches, one block
 
 
 def masked_counts(
-    crops: int, patches: int, probability: float, ratio: tuple[float, float]
+    crops: int, patches: int, probability: float, ratio: Sequence[float]
 ) -> list[int]:
     """Return how many patches of each masked crop are masked, before they are shuffled.
 
@@ -19,7 +21,7 @@ def masked_counts(
     the i-th of n masked crops gets the i-th of n + 1 evenly spaced ratios, computed in fp32.
     """
     masked_crops = int(crops * probability)
-    ratios = np.linspace(*ratio, masked_crops + 1, dtype=np.float32)[1:]
+    ratios = np.linspace(ratio[0], ratio[1], masked_crops + 1, dtype=np.float32)[1:]
     return [int(patches * float(share)) for share in ratios]
 
 
@@ -27,9 +29,9 @@ def draw_masks(
     crops: int,
     grid_size: tuple[int, int],
     probability: float,
-    ratio: tuple[float, float],
+    ratio: Sequence[float],
     generator: np.random.Generator,
-) -> np.ndarray:
+) -> Bool[np.ndarray, "{crops} patch"]:
     """Draw the masks of some global crops.
 
     Args:
@@ -40,7 +42,7 @@ def draw_masks(
         generator: The only source of randomness.
 
     Returns:
-        (crops, P) bool, True = masked out.
+        True = masked out.
     """
     patches = math.prod(grid_size)
     masks = np.zeros((crops, *grid_size), bool)
@@ -50,7 +52,9 @@ def draw_masks(
     return masks.reshape(crops, patches)
 
 
-def _mask_blocks(mask: np.ndarray, count: int, generator: np.random.Generator) -> None:
+def _mask_blocks(
+    mask: Bool[np.ndarray, "height width"], count: int, generator: np.random.Generator
+) -> None:
     """Mask exactly ``count`` patches: blocks while they fit, then single ones."""
     left = count
     while left > 0:
@@ -62,8 +66,10 @@ def _mask_blocks(mask: np.ndarray, count: int, generator: np.random.Generator) -
     mask.flat[generator.choice(free, left, replace=False)] = True
 
 
-def _add_block(mask: np.ndarray, room: int, generator: np.random.Generator) -> int:
-    """Mask one block that adds at most ``room`` patches; returns how many it added."""
+def _add_block(
+    mask: Bool[np.ndarray, "height width"], room: int, generator: np.random.Generator
+) -> int:
+    """Mask one block that adds at most ``room`` patches; return how many it added."""
     height, width = mask.shape
     for _ in range(_TRIES):
         area = generator.uniform(min(_SMALLEST, room), max(_SMALLEST, room))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int16
 from torch import Tensor
 
 from nnunetv2_meddinov3.models.architecture import SIZES
-from nnunetv2_meddinov3.pretrain.config import Resolution, StageConfig
+from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Resolution, StageConfig
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.views.geometry import Box, crop_and_resize, draw_box
 from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
-from nnunetv2_meddinov3.pretrain.views.photometric import change, normalise
+from nnunetv2_meddinov3.pretrain.views.photometric import apply_photometric, normalise
 
 
 @dataclass
@@ -22,11 +24,11 @@ class Slices:
     """Slices of different sizes in one tensor.
 
     Attributes:
-        values: (B, H, W) int16 in HU; smaller slices are padded below and to the right.
+        values: In HU; smaller slices are padded below and to the right.
         sizes: (height, width) of each in pixels.
     """
 
-    values: Tensor
+    values: Int16[Tensor, "slice height width"]
     sizes: list[tuple[int, int]]
 
     @classmethod
@@ -62,24 +64,39 @@ def make_views(
         seed: Of everything that is drawn.
 
     Returns:
-        One-channel views, normalised; masks and what belongs to them stay where they were drawn,
-        on the CPU, unless the slices are on a GPU.
+        One-channel views, normalised, on the device of the slices; the masks are on the CPU.
     """
-    generator = np.random.default_rng(seed)
-    noise = torch.Generator(slices.values.device)
-    noise.manual_seed(int(generator.integers(2**63)))
+    with _one_thread():
+        return _make_views(slices, resolution, config, np.random.default_rng(seed))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread, as the workers of a DataLoader do: sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make_views(
+    slices: Slices, resolution: Resolution, config: StageConfig, generator: np.random.Generator
+) -> ViewBatch:
+    noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
     crops, b = config.crops, len(slices.sizes)
     values = slices.values.float()
     boxes = {
-        "global": _boxes(slices, crops.global_crops, crops.global_scale, config, generator),
+        "global": _boxes(slices, GLOBAL_CROPS, crops.global_scale, config, generator),
         "local": _boxes(slices, crops.local_crops, crops.local_scale, config, generator),
     }
     numbers = list(range(b))
     views = []
-    for i in range(crops.global_crops):
+    for i in range(GLOBAL_CROPS):
         own = boxes["global"][i * b : (i + 1) * b]
         cut = crop_and_resize(values, numbers, own, resolution.global_size)
-        blur = config.augment.blur_probability[min(i, 1)]
+        blur = config.augment.blur_probability[i]
         views.append(_finish(cut, blur, config, generator, noise))
     local = crop_and_resize(
         values, numbers * crops.local_crops, boxes["local"], resolution.local_size
@@ -87,16 +104,14 @@ def make_views(
     local = _finish(local, config.augment.blur_probability[2], config, generator, noise)
     gram = None
     if resolution.gram_size is not None and config.losses.gram.weight is not None:
-        cut = crop_and_resize(
-            values, numbers * crops.global_crops, boxes["global"], resolution.gram_size
-        )
+        cut = crop_and_resize(values, numbers * GLOBAL_CROPS, boxes["global"], resolution.gram_size)
         gram = normalise(cut, config.intensity)
     side = resolution.global_size // SIZES[config.model.size].patch_size
     masks = draw_masks(
-        crops.global_crops * b,
+        GLOBAL_CROPS * b,
         (side, side),
         config.masks.probability,
-        tuple(config.masks.ratio),
+        config.masks.ratio,
         generator,
     )
     return ViewBatch(torch.cat(views), local, torch.from_numpy(masks), gram, b)
@@ -112,18 +127,20 @@ def _boxes(
     """Draw boxes, crop-major."""
     crops = config.crops
     return [
-        draw_box(*size, tuple(scale), tuple(crops.aspect_ratio), crops.horizontal_flip, generator)
+        draw_box(*size, scale, crops.aspect_ratio, crops.horizontal_flip, generator)
         for _ in range(count)
         for size in slices.sizes
     ]
 
 
 def _finish(
-    crops: Tensor,
+    crops: Float[Tensor, "crop 1 height width"],
     blur_probability: float,
     config: StageConfig,
     generator: np.random.Generator,
     noise: torch.Generator,
-) -> Tensor:
-    changed = change(crops, config.augment, config.intensity, blur_probability, generator, noise)
+) -> Float[Tensor, "crop 1 height width"]:
+    changed = apply_photometric(
+        crops, config.augment, config.intensity, blur_probability, generator, noise
+    )
     return normalise(changed, config.intensity)

@@ -6,38 +6,42 @@ images to [0, 1], and hue or solarisation mean nothing for CT.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.pretrain.config import Augment, Intensity
 
+_Crops = Float[Tensor, "crop 1 height width"]
+_PerCrop = Float[Tensor, "crop 1 1 1"]
 _BLUR_RADIUS = 4  # pixels: 9 taps, as DINO's
 
 
-def change(
-    crops: Tensor,
+def apply_photometric(
+    crops: _Crops,
     augment: Augment,
     intensity: Intensity,
     blur_probability: float,
     generator: np.random.Generator,
     noise: torch.Generator,
-) -> Tensor:
+) -> _Crops:
     """Change crops as the config says, and clip them.
 
     Args:
-        crops: (n, 1, S, S) in HU.
+        crops: In HU.
         augment: Probabilities and ranges.
         intensity: Whose clip bounds the values before and after.
         blur_probability: Of these crops, one of ``augment.blur_probability``.
         generator: Of everything but noise.
-        noise: On the device of the crops.
+        noise: On the CPU wherever the crops are, so that noise is the same on any device.
 
     Returns:
-        (n, 1, S, S) in HU.
+        In HU.
     """
     low, high = intensity.clip_hu
     crops = crops.clamp(low, high)
@@ -51,7 +55,7 @@ def change(
         """Apply a function to the crops that are drawn, each with values of its own."""
         nonlocal crops
         drawn = generator.random(len(crops)) < probability
-        values = [generator.uniform(*r, len(crops)) for r in ranges]
+        values = [generator.uniform(r[0], r[1], len(crops)) for r in ranges]
         if not drawn.any():
             return
         chosen = torch.from_numpy(np.flatnonzero(drawn)).to(crops.device, non_blocking=True)
@@ -83,34 +87,35 @@ def change(
     return crops.clamp(low, high)
 
 
-def normalise(crops: Tensor, intensity: Intensity) -> Tensor:
+def normalise(crops: Float[Tensor, "*shape"], intensity: Intensity) -> Float[Tensor, "*shape"]:
     """Clip to the contract's range, subtract its mean and divide by its standard deviation."""
     return (crops.clamp(*intensity.clip_hu) - intensity.mean_hu) / intensity.std_hu
 
 
-def _contrast(x: Tensor, factor: Tensor, brightness: Tensor) -> Tensor:
+def _contrast(x: _Crops, factor: _PerCrop, brightness: _PerCrop) -> _Crops:
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) * factor + mean + brightness
 
 
-def _normal(x: Tensor, noise: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=noise, device=x.device, dtype=x.dtype)
+def _normal(x: _Crops, noise: torch.Generator) -> _Crops:
+    return torch.randn(x.shape, generator=noise, dtype=x.dtype).to(x.device, non_blocking=True)
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur, each crop with its own sigma in pixels, mirrored at the edges."""
+def _blur(x: _Crops, sigma: _PerCrop) -> _Crops:
+    """Blur with a Gaussian, each crop with its own sigma in pixels, mirrored at the edges."""
     taps = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)) ** 2)  # (n, 1, 1, 9)
     weights = weights / weights.sum(-1, keepdim=True)
     for axis in (-1, -2):
         pad = (_BLUR_RADIUS,) * 2 + (0, 0) if axis == -1 else (0, 0) + (_BLUR_RADIUS,) * 2
         padded, size = F.pad(x, pad, mode="reflect"), x.shape[axis]
-        x = sum(weights[..., k : k + 1] * padded.narrow(axis, k, size) for k in range(len(taps)))
+        taken = (weights[..., k : k + 1] * padded.narrow(axis, k, size) for k in range(len(taps)))
+        x = functools.reduce(torch.add, taken)
     return x
 
 
-def _low_resolution(x: Tensor, zoom: Tensor) -> Tensor:
-    """Shrink and enlarge again, each crop by its own factor; the factors lie on the CPU."""
+def _low_resolution(x: _Crops, zoom: _PerCrop) -> _Crops:
+    """Shrink and enlarge again, each crop by its own factor; the factors are on the CPU."""
     size, out = x.shape[-1], []
     for crop, factor in zip(x, zoom.flatten().tolist(), strict=True):
         small = max(2, round(size * factor))

@@ -1,10 +1,12 @@
 """Losses against the original's numbers, by hand, and by law."""
 
+import inspect
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 
 from nnunetv2_meddinov3.pretrain.losses import (
@@ -150,8 +152,6 @@ def test_no_gradient_reaches_a_teacher():
     ("call", "sentence"),
     [
         (lambda: sinkhorn_knopp(torch.zeros(2, 2), 0.0), "temp must be positive"),
-        (lambda: sinkhorn_knopp(torch.zeros(2), 0.1), r"must be \(B, K\)"),
-        (lambda: DINOLoss()(torch.zeros(2, 3, 4), torch.zeros(2, 2, 4)), "must share B and K"),
         (lambda: DINOLoss()(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), True), "no pair of views"),
         (
             lambda: IBOTLoss()(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(1, 3).bool()),
@@ -159,12 +159,36 @@ def test_no_gradient_reaches_a_teacher():
         ),
         (lambda: KoLeoLoss()(torch.zeros(1, 3)), "at least two images"),
         (lambda: KoLeoLoss(group=4)(torch.zeros(6, 3)), "whole groups of 4"),
-        (lambda: GramLoss()(torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)), "equal B and P"),
     ],
 )
 def test_what_does_not_fit_is_said(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "sentence"),
+    [
+        (sinkhorn_knopp, (torch.zeros(2), 0.1), r"must be \(B, K\)"),
+        (
+            DINOLoss.forward,
+            (DINOLoss(), torch.zeros(2, 3, 4), torch.zeros(2, 2, 4)),
+            "must share B and K",
+        ),
+        (
+            GramLoss.forward,
+            (GramLoss(), torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)),
+            "equal B and P",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_the_signature_and_in_words(
+    function, arguments, sentence
+):
+    with pytest.raises(TypeCheckError):
+        function(*arguments)
+    with pytest.raises(ValueError, match=sentence):  # as it runs where shapes are not checked
+        inspect.unwrap(function)(*arguments)
 
 
 def _ranks(rank, folder, logits, expected):

@@ -6,18 +6,19 @@ import torch
 
 from nnunetv2_meddinov3.curate.pipeline import curate
 from nnunetv2_meddinov3.demo.phantom import make_phantom
+from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.pretrain.config import load_config
 from nnunetv2_meddinov3.pretrain.monitor.health import (
     effective_rank,
     entropy,
-    figures,
     gram_distance,
+    measure,
     similarity,
     verdicts,
 )
-from nnunetv2_meddinov3.pretrain.monitor.logger import read_rows
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
+from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.signals import Stop
 
 
 def test_the_effective_rank_counts_the_directions_in_use():
@@ -46,7 +47,7 @@ def test_the_gram_distance_ignores_rotations_of_feature_space():
     assert gram_distance(x, torch.randn(2, 10, 8, generator=g)) > 0.1
 
 
-def seen(features, k=64):
+def observed(features, k=64):
     g = torch.Generator().manual_seed(1)
     sharp = (torch.randn(len(features), k, generator=g) * 4).softmax(-1)
     patches = torch.randn(len(features), 9, features.shape[1], generator=g)
@@ -63,7 +64,7 @@ def seen(features, k=64):
 def a_check(step, features=None, **changes):
     g = torch.Generator().manual_seed(step)
     features = torch.randn(64, 32, generator=g) if features is None else features
-    return {"step": step, "loss": 9.0, "update": 1e-3, **figures(seen(features)), **changes}
+    return {"step": step, "loss": 9.0, "update": 1e-3, **measure(observed(features)), **changes}
 
 
 def test_a_healthy_run_is_not_blamed():

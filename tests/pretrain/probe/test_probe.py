@@ -1,11 +1,11 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from nnunetv2_meddinov3.cli import main
-from nnunetv2_meddinov3.demo.phantom import make_phantom
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
@@ -15,29 +15,10 @@ from nnunetv2_meddinov3.pretrain.probe.fitting import (
     average_precision,
     best_thresholds,
     neighbour_scores,
+    resampled_average_precision,
 )
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
-from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """Six phantom patients, two labels and a region."""
-    import SimpleITK as sitk
-
-    folder = tmp_path_factory.mktemp("raw") / "Dataset001_Phantom"
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True)
-    for i in range(6):
-        ct, labels = make_phantom(np.random.default_rng(i), (10, 64, 64), (14.0, 6.0, 6.0))
-        for array, path in ((ct, f"imagesTr/p{i}_0000.nii.gz"), (labels, f"labelsTr/p{i}.nii.gz")):
-            image = sitk.GetImageFromArray(array)
-            image.SetSpacing((6.0, 6.0, 14.0))
-            sitk.WriteImage(image, str(folder / path))
-    labels = {"background": 0, "liver": 1, "kidney": 3, "organs": [1, 2, 3]}
-    facts = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(facts))
-    return folder
+from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, table, verdict
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +29,6 @@ def data(dataset):
 def a_backbone(seed=0):
     torch.manual_seed(seed)
     return Backbone(Architecture(32, 2, 2, patch_size=8, layer_scale=0.5))
-
-
-def test_slices_masks_and_patients_belong_together(data):
-    n = len(data.images)
-    assert data.images.shape == (n, 1, 64, 64)
-    assert data.masks.shape == (n, 3, 64, 64)
-    assert data.structures == ["liver", "kidney", "organs"]
-    assert (data.masks[:, 0] <= data.masks[:, 2]).all()  # a region holds its labels
-    liver = data.images[:, 0][data.masks[:, 0]]
-    assert 60 < liver.mean() < 150  # HU
-    assert data.images.min() < -800
-
-
-def test_no_patient_is_on_both_sides(data):
-    patients = np.array(data.patients)
-    fitted, held_out = (set(patients[data.is_held_out == side]) for side in (False, True))
-    assert not fitted & held_out
-    assert (len(fitted), len(held_out)) == (4, 2)
-
-
-def test_a_given_split_is_taken_and_one_through_a_patient_refused(dataset, tmp_path):
-    import shutil
-
-    folder = tmp_path / "Dataset002"
-    shutil.copytree(dataset, folder)
-    cases = [f"p{i}" for i in range(6)]
-    (folder / "splits_final.json").write_text(json.dumps([{"train": cases[2:], "val": cases[:2]}]))
-    data = ProbeData.from_nnunet(folder, size=64, slices_per_case=1)
-    assert set(np.array(data.patients)[data.is_held_out]) == {"p0", "p1"}
-    with pytest.raises(UserError, match="p is in both parts"):
-        ProbeData.from_nnunet(folder, patients="p")
 
 
 class Planted(Backbone):
@@ -111,6 +61,52 @@ def test_planted_features_are_found_and_shuffled_ones_are_not(data):
     assert good.intervals["dense"][0] <= good.dense <= good.intervals["dense"][1]
 
 
+def half_ignored(data):
+    """The same slices, whose lower half is not labelled."""
+    ignored = torch.zeros_like(data.ignored)
+    ignored[:, 32:] = True
+    return replace(data, masks=data.masks & ~ignored[:, None], ignored=ignored)
+
+
+def test_a_segmentation_is_not_blamed_for_what_it_finds_in_ignored_pixels(data):
+    half = half_ignored(data)
+    known = run_probe(Planted(data), half)
+    as_background = run_probe(Planted(data), replace(half, ignored=data.ignored))
+    assert known.dense > 0.8
+    assert known.dense > as_background.dense + 0.05
+
+
+def test_slices_with_ignored_pixels_do_not_count_as_slices_without_a_structure(data):
+    rows = torch.arange(len(data.images)) % 3 == 1  # two slices of every patient
+    ignored = data.ignored.clone()
+    ignored[rows, 60:] = True
+    masks = data.masks.clone()
+    masks[rows] = False  # what they show may lie under the ignored pixels
+    partly = run_probe(a_backbone(), replace(data, masks=masks, ignored=ignored))
+    kept = (~rows).nonzero()[:, 0].tolist()
+    whole = ProbeData(
+        *(data.images[kept], data.masks[kept], data.ignored[kept], data.structures),
+        [data.patients[i] for i in kept],
+        data.is_held_out[kept],
+        data.name,
+    )
+    without = run_probe(a_backbone(), whole)
+    for kind in ("knn", "linear"):
+        assert getattr(partly, kind) == pytest.approx(getattr(without, kind), abs=1e-6)
+        assert partly.intervals[kind] == pytest.approx(without.intervals[kind], abs=1e-6)
+    assert partly.chance == pytest.approx(without.chance)
+
+
+def test_where_no_slice_is_completely_labelled_the_table_says_so(data):
+    half = half_ignored(data)
+    result = run_probe(a_backbone(), half)
+    assert (result.knn, result.linear, result.chance) == (None, None, None)
+    assert set(result.intervals) == {"dense"}
+    text = table({"w": result}, half)
+    assert "no structure is shown by some completely labelled slices and not by others" in text
+    assert text.count("not measurable") == 2
+
+
 def test_a_probe_is_the_same_each_time_and_leaves_no_trace_in_the_random_state(data):
     before = torch.get_rng_state()
     a, b = (run_probe(a_backbone(), data).to_dict() for _ in range(2))
@@ -122,15 +118,29 @@ def test_a_probe_is_the_same_each_time_and_leaves_no_trace_in_the_random_state(d
 
 
 def test_average_precision_by_hand():
-    labels = np.array([1, 0, 1, 0])
+    labels = np.array([True, False, True, False])
     assert average_precision(np.array([4.0, 3, 2, 1]), labels) == pytest.approx((1 + 2 / 3) / 2)
     assert average_precision(np.array([1.0, 1, 1, 1]), labels) == pytest.approx(0.5)
-    assert np.isnan(average_precision(np.array([1.0, 2]), np.array([1, 1])))
+    assert np.isnan(average_precision(np.array([1.0, 2]), np.array([True, True])))
+    assert np.isnan(average_precision(np.array([1.0, 2]), np.array([False, False])))
+
+
+def test_the_average_precision_of_each_draw_is_that_of_the_slices_it_drew():
+    g = np.random.default_rng(0)
+    for number in range(20):
+        scores = g.integers(0, 5, 12) / 4 if number % 2 else g.normal(size=12)  # ties or none
+        labels = g.random(12) < 0.4
+        draws = g.integers(0, 12, (30, 12))
+        times = np.stack([np.bincount(draw, minlength=12) for draw in draws])
+        wanted = [average_precision(scores[draw], labels[draw]) for draw in draws]
+        np.testing.assert_allclose(
+            resampled_average_precision(scores, labels, times), wanted, rtol=1e-12
+        )
 
 
 def test_votes_are_of_the_nearest_by_cosine():
     train = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
-    labels = torch.tensor([[1], [0], [0]])
+    labels = torch.tensor([[True], [False], [False]])
     scores = neighbour_scores(train, labels, torch.tensor([[5.0, 0], [0, 0.1]]), k=2)
     assert scores[0, 0] > 0.99
     assert scores[1, 0] < 0.01
@@ -206,12 +216,3 @@ def test_a_mistake_is_one_sentence(dataset, tmp_path, arguments, sentence):
 def test_weights_that_are_not_there_are_one_sentence(dataset):
     with pytest.raises(UserError, match=r"there is no nothing.pth"):
         main(["probe", "nothing.pth", "--dataset", str(dataset)])
-
-
-def test_a_dataset_without_labels_is_one_sentence(dataset, tmp_path):
-    import shutil
-
-    folder = tmp_path / "Dataset003"
-    shutil.copytree(dataset, folder, ignore=shutil.ignore_patterns("labelsTr"))
-    with pytest.raises(UserError, match="holds no case with both"):
-        ProbeData.from_nnunet(folder)

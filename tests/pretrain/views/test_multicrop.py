@@ -97,3 +97,71 @@ def test_padding_of_smaller_slices_is_never_seen():
     for crops in (batch.global_crops, batch.local_crops):
         assert crops.min().item() == pytest.approx(wanted, abs=1e-3)
         assert crops.max().item() == pytest.approx(wanted, abs=1e-3)
+
+
+ALL = [
+    f"augment.{name}_probability=1"
+    for name in ("window", "contrast", "gamma", "noise", "low_resolution")
+] + ["augment.blur_probability=[1,1,1]"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [2, 3])
+def test_views_do_not_depend_on_the_number_of_threads(threads):
+    # threads share the mean of one large crop, and split powers where vectors do not end
+    config = load_config("vitb16_stage1", ALL)
+    slices = Slices.of(arrays([(300, 300)]))
+    before, made = torch.get_num_threads(), {}
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            made[number] = [
+                make_views(slices, config.crops.resolutions[0], config, (seed,))
+                for seed in range(4)
+            ]
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*made.values(), strict=True):
+        assert torch.equal(a.global_crops, b.global_crops)
+        assert torch.equal(a.local_crops, b.local_crops)
+
+
+def drawn(monkeypatch, device):
+    """The views of slices on a device, and the noise that was drawn for them."""
+    noise, normal = [], torch.randn
+
+    def watched(*arguments, **options):
+        noise.append(normal(*arguments, **options))
+        return noise[-1]
+
+    config = load_config("tiny_stage2_gram", ALL)
+    slices = Slices.of(arrays()).to(torch.device(device))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", watched)
+        return make_views(slices, config.crops.resolutions[0], config, (0, 1)), noise
+
+
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_where_the_slices_are(monkeypatch):
+    here, noise = drawn(monkeypatch, "cpu")
+    there, noise_there = drawn(monkeypatch, "meta")  # a device without values
+    assert there.global_crops.device.type == "meta"
+    assert there.global_crops.shape == here.global_crops.shape
+    assert len(noise) == 3
+    assert all(torch.equal(a, b) for a, b in zip(noise, noise_there, strict=True))
+    assert torch.equal(here.masks, there.masks)
+
+
+@pytest.mark.gpu
+def test_views_made_on_a_gpu_are_those_made_by_workers():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    config, slices = load_config("tiny_stage2_gram", ALL), Slices.of(arrays())
+    resolution = config.crops.resolutions[0]
+    here = make_views(slices, resolution, config, (0, 1))
+    there = make_views(slices.to(torch.device("cuda")), resolution, config, (0, 1)).to("cpu", False)
+    assert torch.equal(here.masks, there.masks)
+    for name in ("global_crops", "local_crops", "gram_crops"):
+        error = (getattr(here, name) - getattr(there, name)).abs().max()
+        assert error < 1e-3, name  # of a standard deviation

@@ -1,17 +1,15 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_meddinov3.pretrain.config import Augment, Intensity
-from nnunetv2_meddinov3.pretrain.views.photometric import change, normalise
+from nnunetv2_meddinov3.pretrain.views.photometric import apply_photometric, normalise
 
 NOTHING = {
-    f.name: 0.0
-    for f in dataclasses.fields(Augment)
-    if f.name.endswith("_probability") and f.name != "blur_probability"
+    name: 0.0
+    for name in Augment.model_fields
+    if name.endswith("_probability") and name != "blur_probability"
 }
 
 
@@ -23,7 +21,7 @@ def crops(n=4, size=32):
 def changed(x, blur=0.0, seed=0, **options):
     augment = Augment(**{**NOTHING, **options})
     noise = torch.Generator().manual_seed(seed)
-    return change(x, augment, Intensity(), blur, np.random.default_rng(seed), noise)
+    return apply_photometric(x, augment, Intensity(), blur, np.random.default_rng(seed), noise)
 
 
 def test_with_all_probabilities_0_only_the_range_is_clipped():
