@@ -22,8 +22,8 @@ from nnunetv2_meddinov3.models.resolve import (
     describe_weights_source,
     fetch,
     parse_source,
-    resolve_source,
 )
+from nnunetv2_meddinov3.models.weights import resolve_source
 
 TIMM_NAME = "vit_small_patch16_dinov3.lvd1689m"
 

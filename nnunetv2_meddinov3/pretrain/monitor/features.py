@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunetv2_meddinov3.models.tensor_files import replacing
+from nnunetv2_meddinov3.files import replacing
 
 MAPS = "maps"
 SLICES = 4  # shown

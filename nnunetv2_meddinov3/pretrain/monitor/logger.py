@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.tensor_files import replacing
+from nnunetv2_meddinov3.files import replacing
 
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"
