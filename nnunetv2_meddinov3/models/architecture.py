@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, no_type_check
 
-import torch
-
-ROPE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROPE_PRECISIONS = ("fp32", "bf16")  # torch's dtypes for them are in backbone.py
 
 # Two ViTs that agree in these are of one size.
 SIZE_FIELDS = ("embed_dim", "depth", "num_heads", "ffn", "ffn_hidden")
@@ -54,9 +52,9 @@ class Architecture:
         self._check_numbers()
         if self.ffn not in ("mlp", "swiglu"):
             raise ValueError(f"ffn must be 'mlp' or 'swiglu', got {self.ffn!r}")
-        if self.rope_dtype not in ROPE_DTYPES:
+        if self.rope_dtype not in ROPE_PRECISIONS:
             raise ValueError(
-                f"rope_dtype must be one of {list(ROPE_DTYPES)}, got {self.rope_dtype!r}"
+                f"rope_dtype must be one of {list(ROPE_PRECISIONS)}, got {self.rope_dtype!r}"
             )
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(

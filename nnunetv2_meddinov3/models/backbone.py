@@ -16,7 +16,9 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnunetv2_meddinov3.models.architecture import ROPE_DTYPES, Architecture, check_layers
+from nnunetv2_meddinov3.models.architecture import Architecture, check_layers
+
+ROPE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Tokens(NamedTuple):

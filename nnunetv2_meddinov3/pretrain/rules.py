@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.architecture import ROPE_DTYPES, SIZES
+from nnunetv2_meddinov3.models.architecture import ROPE_PRECISIONS, SIZES
 from nnunetv2_meddinov3.pretrain.schema import KINDS, Head, Schedule, StageConfig
 
 Broken = tuple[str, object, str]  # key, what came, what must hold
@@ -30,7 +30,7 @@ def _choices(c: StageConfig) -> Iterator[Broken]:
         "init.student": (c.init.student, ("student", "teacher")),
         "model.size": (c.model.size, tuple(SIZES)),
         "model.input_channels": (c.model.input_channels, (1, 3)),
-        "model.rope_dtype": (c.model.rope_dtype, tuple(ROPE_DTYPES)),
+        "model.rope_dtype": (c.model.rope_dtype, ROPE_PRECISIONS),
         "data.views_on": (c.data.views_on, ("auto", "device", "workers")),
         "engine.device": (c.engine.device, ("auto", "cpu", "cuda")),
         "engine.precision": (c.engine.precision, ("auto", "bf16", "fp32")),

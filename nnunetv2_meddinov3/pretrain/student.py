@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnunetv2_meddinov3.models.architecture import ROPE_DTYPES
-from nnunetv2_meddinov3.models.backbone import Backbone, Tokens, rotary_embedding
+from nnunetv2_meddinov3.models.backbone import ROPE_DTYPES, Backbone, Tokens, rotary_embedding
 from nnunetv2_meddinov3.pretrain.blocks import Draws, PackedBlock
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 

@@ -180,6 +180,24 @@ def test_what_the_hub_says_becomes_one_sentence(error, expected, mistake, monkey
     assert "MEDDINOV3_WEIGHTS" in message
 
 
+def test_the_hubs_log_is_silent_only_while_it_downloads(monkeypatch, mistake):
+    """Its level is one for the whole process; it was left at ``error``."""
+    logging, seen = huggingface_hub.utils.logging, []
+
+    def fail(*args, **kwargs):
+        seen.append(logging.get_verbosity())
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        mistake(fetch, "hf:owner/repo/model.pth")
+        assert (seen, logging.get_verbosity()) == ([logging.ERROR], logging.WARNING)
+    finally:
+        logging.set_verbosity(before)
+
+
 def _in_a_process(program, *arguments, **variables):
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.files import copy_file
 from nnunetv2_meddinov3.models import build_segmenter, load_backbone, save_backbone, weights
 
 
@@ -304,21 +303,6 @@ def test_a_file_system_that_refuses_to_grow_leaves_the_previous_file(saved):
 def test_saving_into_a_folder_that_is_not_there_is_one_sentence(source, tmp_path, mistake):
     path = tmp_path / "nowhere" / "ours.safetensors"
     assert str(path) in mistake(save_backbone, source, path, licence="CC0")
-
-
-def test_a_copy_is_whole_or_not_there(saved, tmp_path, mistake, monkeypatch):
-    target = tmp_path / "copy.safetensors"
-    copy_file(saved, target)
-    assert target.read_bytes() == saved.read_bytes()
-
-    def fail(source, part):
-        part.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("shutil.copyfile", fail)
-    assert "No space left" in mistake(copy_file, saved, target)
-    assert target.read_bytes() == saved.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([saved.name, target.name])
 
 
 def test_metadata_is_json_under_one_key(saved, source):
