@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnContext
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_mistake_in_a_thread_is_seen_and_other_errors_keep_their_traceback(tmp
 
 
 def test_a_mistake_comes_back_from_a_process_pool_as_itself():
-    with ProcessPoolExecutor(1) as pool, pytest.raises(UserError) as caught:
+    with ProcessPoolExecutor(1, SpawnContext()) as pool, pytest.raises(UserError) as caught:
         pool.submit(parse_source, "ftp:there").result()
     assert str(caught.value).startswith("weights must be a path, ")
     assert str(pickle.loads(pickle.dumps(UserError(SENTENCE)))) == SENTENCE
