@@ -16,6 +16,7 @@ from nnunetv2_meddinov3.models.architecture import (
     Architecture,
     architecture_of,
     default_layers,
+    differences,
 )
 from nnunetv2_meddinov3.models.backbone import Backbone, rotary_embedding
 
@@ -379,6 +380,18 @@ def test_an_unknown_size_or_field_is_refused():
 def test_impossible_architectures_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Architecture(**{"embed_dim": 32, "depth": 2, "num_heads": 2, **fields})
+
+
+def test_differences_give_both_values_of_every_field_or_of_chosen_ones():
+    small, base = architecture_of("vit_small", norm_eps=1e-6), SIZES["vit_base"]
+    assert differences(base, base) == {}
+    assert differences(small, base) == {
+        "embed_dim": (384, 768),
+        "num_heads": (6, 12),
+        "ffn_hidden": (1536, 3072),
+        "norm_eps": (1e-6, 1e-5),
+    }
+    assert differences(small, base, ("depth", "norm_eps")) == {"norm_eps": (1e-6, 1e-5)}
 
 
 def test_fresh_weights_are_drawn_as_in_the_original():
