@@ -45,7 +45,7 @@ started_up = False
 
 
 def autoregister():
-    """Registers our names unless the user opted out; this is what the start-up file calls."""
+    """Register our names unless the user opted out; this is what the start-up file calls."""
     global started_up
     started_up = True
     if not is_opted_out():
@@ -53,12 +53,12 @@ def autoregister():
 
 
 def is_opted_out() -> bool:
-    """Whether the user switched the start-up file off, by ``MEDDINOV3_AUTOREGISTER=0``."""
+    """Return whether the user switched the start-up file off, by ``MEDDINOV3_AUTOREGISTER=0``."""
     return os.environ.get(OPT_OUT) == "0"
 
 
 def register():
-    """Makes our names findable by nnU-Net in this process; safe to call twice, early or late."""
+    """Make our names findable by nnU-Net in this process; safe to call twice, early or late."""
     if not is_registered():
         sys.meta_path.insert(0, _HostFinder())
     for host in _HOSTS:
@@ -67,27 +67,24 @@ def register():
 
 
 def is_registered() -> bool:
-    """Whether ``register`` was called in this process."""
+    """Return whether ``register`` was called in this process."""
     return any(isinstance(finder, _HostFinder) for finder in sys.meta_path)
 
 
 def resolve(name: str) -> type:
-    """Imports one of our trainers or planners.
+    """Import one of our trainers or planners.
 
     Raises:
         AttributeError: The name is not ours.
         UserError: The name is ours and our package, or one it needs, cannot be imported. As it is
-            no ``AttributeError``, ``hasattr`` does not mistake it for "no such class".
+            not an ``AttributeError``, ``hasattr`` does not mistake it for "no such class".
     """
     module_name = TRAINERS.get(name) or PLANNERS.get(name)
     if module_name is None:
         raise AttributeError(f"nnunetv2_meddinov3 has no trainer or planner named {name!r}")
     import importlib
 
-    try:
-        if name in TRAINERS:
-            # Every trainer needs timm; if it is broken we say so now, before nnU-Net starts work.
-            importlib.import_module("timm")
+    try:  # the trainers import timm, so that a broken one is named before nnU-Net starts work
         return getattr(importlib.import_module(module_name), name)
     except Exception as error:
         from nnunetv2_meddinov3.errors import UserError
@@ -96,15 +93,16 @@ def resolve(name: str) -> type:
 
 
 def explain_import_error(error: BaseException) -> str:
-    """One sentence for an import that failed: what is wrong, where, and what to do.
+    """Return a sentence for an import that failed: what is wrong, where, and what to do.
 
     Args:
         error: What the import raised; its causes are searched too, because libraries re-raise.
     """
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
     if any(_is_torchvision_mismatch(link) for link in chain):
         return (
             f"torch {_version('torch')} and torchvision {_version('torchvision')} do not match; "
@@ -115,12 +113,12 @@ def explain_import_error(error: BaseException) -> str:
     what = " ".join(str(first).split()) or "no message"
     return (
         f"an import failed with {type(first).__name__}: {what}{_place(first)}; "
-        "reinstall nnunetv2-meddinov3 and what it needs (`meddinov3 doctor` shows what is amiss)"
+        "reinstall nnunetv2-meddinov3 and what it needs (`meddinov3 doctor` shows what is wrong)"
     )
 
 
 def _is_torchvision_mismatch(error: BaseException) -> bool:
-    """Whether compiled operators of torchvision did not load into this torch."""
+    """Return whether compiled operators of torchvision did not load into this torch."""
     text = str(error)
     return "torchvision::" in text or ("torchvision" in text and "undefined symbol" in text)
 
@@ -135,7 +133,7 @@ def _version(distribution: str) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where an import failed, as `` (FILE, line N)``; empty where the message says it."""
+    """Return where an import failed, as `` (FILE, line N)``; empty where the message says it."""
     place, trace = "", None if isinstance(error, SyntaxError) else error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -146,7 +144,7 @@ def _place(error: BaseException) -> str:
 
 
 def _attach(module):
-    """Gives one of nnU-Net's modules the ``__getattr__`` that knows our names, once."""
+    """Give one of nnU-Net's modules the ``__getattr__`` that knows our names, once."""
     names = _HOSTS[module.__name__]
     earlier = getattr(module, "__getattr__", None)
     if getattr(earlier, "answers_for", None) is names:
@@ -159,12 +157,12 @@ def _attach(module):
             return earlier(name)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-    module_getattr.answers_for = names
+    module_getattr.answers_for = names  # type: ignore[attr-defined]
     module.__getattr__ = module_getattr
 
 
 class _HostFinder:
-    """Lets the other finders find nnU-Net's two modules, and attaches to them after they ran."""
+    """Let the other finders find nnU-Net's two modules, and attach to them after they ran."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in _HOSTS:

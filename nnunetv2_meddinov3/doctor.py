@@ -1,4 +1,4 @@
-"""``meddinov3 doctor``: what is wrong with this installation, and how to mend it."""
+"""``meddinov3 doctor``: what is wrong with this installation, and how to fix it."""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunetv2_meddinov3 import __version__, cli, discovery, settings
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.errors import UserError, first_line
 
 # Runs in a process of its own, because in this one the command line has registered our names.
 _STOCK_SEARCH = """
@@ -36,7 +36,7 @@ def complaint(search, name):
         if type(error).__name__ == "UserError":  # ours: the class is there but cannot be imported
             return str(error)
         print(error, file=sys.stderr)
-        return "nnU-Net does not find it, for want of the discovery above"
+        return "nnU-Net does not find it, because the discovery above does not work"
     return ""
 
 complaints = [
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
     Args:
         ok: Whether this is as it must be.
         subject: What was looked at.
-        sentence: What was found, and where it is not ok, how to mend it.
+        sentence: What was found, and how to fix it if it is not ok.
     """
 
     ok: bool
@@ -62,7 +62,7 @@ class Finding(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report; returns 0 if all is well and 1 if there is any problem."""
+    """Print the report; return 0 if all is well and 1 if there is any problem."""
     parser = argparse.ArgumentParser(
         prog="meddinov3 doctor", description=cli.VERBS["doctor"].help.capitalize() + "."
     )
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Looks at one thing after the other; an examination that breaks down is a finding itself."""
+    """Run one check after the other; a check that breaks down is a finding itself."""
     checks = {
         "versions": examine_versions,
         "torch and torchvision": examine_torchvision,
@@ -104,7 +104,7 @@ def examine() -> Iterator[Finding]:
 
 
 def examine_versions() -> Iterator[Finding]:
-    """Python, and the packages whose version matters."""
+    """Check Python, and the packages whose version matters."""
     python = ".".join(map(str, sys.version_info[:3]))
     enough = sys.version_info >= (3, 10)
     yield Finding(enough, "python", python if enough else f"{python}; 3.10 or later is needed")
@@ -116,7 +116,7 @@ def examine_versions() -> Iterator[Finding]:
 
 
 def examine_torchvision() -> Iterator[Finding]:
-    """Whether torchvision loads into this torch; timm, hence every one of our models, needs it."""
+    """Check that torchvision loads into this torch; timm, hence every model of ours, needs it."""
     import torch
     import torchvision
 
@@ -125,21 +125,21 @@ def examine_torchvision() -> Iterator[Finding]:
 
 
 def examine_device() -> Iterator[Finding]:
-    """What training would run on, and in which number format."""
+    """Say what training would run on, and in which number format."""
     import torch
 
-    from nnunetv2_meddinov3.models.precision import gpu_has_bf16
+    from nnunetv2_meddinov3.models.precision import has_bf16
 
     if not torch.cuda.is_available():
-        sentence = "no CUDA device is seen; training runs with -device cpu, slowly and in fp32"
+        sentence = "there is no CUDA device; training needs -device cpu and is slow, in fp32"
     else:
-        precision = "bf16" if gpu_has_bf16() else "fp16 (this device has no bf16 of its own)"
+        precision = "bf16" if has_bf16() else "fp16 (this device has no native bf16)"
         sentence = f"{torch.cuda.get_device_name()}, training in {precision}"
     yield Finding(True, "device", sentence)
 
 
 def examine_discovery() -> Iterator[Finding]:
-    """By which road stock nnU-Net commands get to our trainers."""
+    """Say how stock nnU-Net commands find our trainers."""
     opted_out = discovery.is_opted_out()
     if discovery.started_up and not opted_out:
         yield Finding(True, "discovery", "the start-up file is active")
@@ -158,7 +158,7 @@ def examine_discovery() -> Iterator[Finding]:
 
 
 def examine_search() -> Iterator[Finding]:
-    """Whether nnU-Net's own search finds our classes, as in a stock command."""
+    """Check that nnU-Net's own search finds our classes, as in a stock command."""
     command = [sys.executable, "-c", _STOCK_SEARCH]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode != 0:
@@ -168,7 +168,7 @@ def examine_search() -> Iterator[Finding]:
     trainer, planner = json.loads(run.stdout.splitlines()[-1])
     yield Finding(not trainer, "-tr MedDINOv3Trainer", trainer or "found by nnU-Net")
     if planner and not trainer and _ext_trainer_is_ours():
-        # nnU-Net has no such variable for planners, so on this road there is nothing to mend.
+        # nnU-Net has no such variable for planners, so this way there is nothing to fix.
         planner, sentence = "", "nnUNet_extTrainer serves trainers only: use `meddinov3 plan`"
     else:
         sentence = planner or "found by nnU-Net"
@@ -176,14 +176,14 @@ def examine_search() -> Iterator[Finding]:
 
 
 def examine_folders() -> Iterator[Finding]:
-    """nnU-Net's three variables, and the folders they name."""
+    """Check nnU-Net's three variables, and the folders they name."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         complaint = _folder_complaint(variable, must_be_writable=variable != "nnUNet_raw")
         yield Finding(not complaint, variable, complaint or os.environ[variable])
 
 
 def examine_variables() -> Iterator[Finding]:
-    """Our own variables: what is set, and whether a name or a value is mistyped."""
+    """Check our own variables: what is set, and whether a name or a value is mistyped."""
     settings.check_variables()
     settings.backbone_setting()
     settings.checkpointing_setting()
@@ -194,10 +194,11 @@ def examine_variables() -> Iterator[Finding]:
 
 
 def examine_weights() -> Iterator[Finding]:
-    """Whether the weights that ``-tr MedDINOv3Trainer`` would start from are within reach."""
+    """Check that the weights ``-tr MedDINOv3Trainer`` would start from are available."""
     from nnunetv2_meddinov3.models.resolve import describe_weights_source
 
-    value = settings.weights_setting() or discovery.resolve("MedDINOv3Trainer").weights
+    trainer: Any = discovery.resolve("MedDINOv3Trainer")
+    value = settings.weights_setting() or trainer.weights
     ok, sentence = describe_weights_source(value)
     yield Finding(ok, "weights", sentence)
 
@@ -214,8 +215,8 @@ def _version(distribution: str, at_least: str = "0", below: str = "") -> Finding
 
 
 def _numbers(version: str) -> list[int]:
-    """The release numbers of a version: ``2.8.1+cpu`` -> [2, 8, 1]."""
-    return [int(number) for number in re.match(r"[\d.]*", version).group().split(".") if number]
+    """Return the release numbers of a version: ``2.8.1+cpu`` -> [2, 8, 1]."""
+    return [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
 
 
 def _ext_trainer_is_ours() -> bool:
@@ -224,7 +225,7 @@ def _ext_trainer_is_ours() -> bool:
 
 
 def _folder_complaint(variable: str, must_be_writable: bool) -> str:
-    """What is wrong with a folder of nnU-Net's; empty if nothing is."""
+    """Return what is wrong with a folder of nnU-Net's, nothing if all is well."""
     folder = os.environ.get(variable)
     if not folder:
         return f"not set: export {variable}=FOLDER"
@@ -234,5 +235,5 @@ def _folder_complaint(variable: str, must_be_writable: bool) -> str:
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            return f"cannot write into {folder} ({error.strerror}): export {variable}=FOLDER"
+            return f"cannot write to {folder} ({first_line(error)}): export {variable}=FOLDER"
     return ""

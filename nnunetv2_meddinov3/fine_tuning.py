@@ -1,11 +1,10 @@
-"""What a fine-tuning run settles before it starts: configuration, architecture, weights, schedule.
+"""What a fine-tuning run decides before it starts: configuration, architecture, weights, schedule.
 
-The architecture is settled once, at the start of training, and written into the plans that nnU-Net
-saves beside the model; prediction, ``--val``, ``--c`` and an imported zip read it from there and
-need neither a variable nor a weights file.
+The architecture is decided once, at the start of training, and written into the plans that nnU-Net
+saves with the model; prediction, ``--val``, ``--c`` and an imported zip read it from there and need
+neither a variable nor a weights file.
 """
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.settings import (
-    backbone_setting,
-    checkpointing_setting,
-    weights_setting,
+from nnunetv2_meddinov3.models.architecture import (
+    SIZE_FIELDS,
+    Architecture,
+    architecture_of,
+    differences,
 )
+from nnunetv2_meddinov3.models.build import stem_channels
+from nnunetv2_meddinov3.models.segmenter import resolve_layers
+from nnunetv2_meddinov3.models.weights import Checkpoint, resolve_source
+from nnunetv2_meddinov3.settings import backbone_setting, checkpointing_setting, weights_setting
 
 SEGMENTER = "nnunetv2_meddinov3.models.segmenter.Segmenter"
 
@@ -72,20 +76,6 @@ def check_configuration(plans: dict[str, Any], name: str) -> None:
             )
 
 
-def import_models() -> Any:
-    """Import ``models.build`` (torch, timm) and say in a sentence what is wrong if that fails.
-
-    Raises:
-        UserError: If timm or torchvision do not import here.
-    """
-    try:
-        return importlib.import_module("nnunetv2_meddinov3.models.build")
-    except (ImportError, RuntimeError) as error:
-        from nnunetv2_meddinov3.discovery import explain_import_error
-
-        raise UserError(f"the network cannot be built: {explain_import_error(error)}") from error
-
-
 def chosen_weights(default: str, fixed: bool) -> str | None:
     """Return the source of weights, or None for random initialisation on purpose.
 
@@ -97,45 +87,43 @@ def chosen_weights(default: str, fixed: bool) -> str | None:
     return None if value.lower() == "none" else value
 
 
-def settle_backbone(weights: str | None) -> tuple[Any, Any]:
+def settle_backbone(weights: str | None) -> tuple[Architecture, Checkpoint | None]:
     """Return the backbone's architecture, and its checkpoint unless initialisation is random.
 
     Raises:
         UserError: If the weights cannot be read, or are of another size than MEDDINOV3_BACKBONE.
     """
-    build = import_models()
     size = backbone_setting()
     if weights is None:
-        return build.architecture_of(size or "vit_base"), None
-    checkpoint = build.resolve_source(weights)
-    found = checkpoint.architecture
+        return architecture_of(size or "vit_base"), None
+    checkpoint = resolve_source(weights)
     if size is not None:
-        wanted = build.architecture_of(size)
-        differ = [
-            f"{field} {getattr(found, field)} instead of {getattr(wanted, field)}"
-            for field in ("embed_dim", "depth", "num_heads", "ffn", "ffn_hidden")
-            if getattr(found, field) != getattr(wanted, field)
-        ]
+        differ = differences(architecture_of(size), checkpoint.architecture, SIZE_FIELDS)
         if differ:
+            listed = (
+                f"{name} {theirs} instead of {ours}" for name, (ours, theirs) in differ.items()
+            )
             raise UserError(
                 f"MEDDINOV3_BACKBONE={size} must be the size of the weights {weights}, but they "
-                f"have {', '.join(differ)}: unset it, or set MEDDINOV3_WEIGHTS to weights of that "
+                f"have {', '.join(listed)}: unset it, or set MEDDINOV3_WEIGHTS to weights of that "
                 "size or to none."
             )
-    return found, checkpoint
+    return checkpoint.architecture, checkpoint
 
 
 def plans_entry(
-    architecture: Any, input_channels: int, layers: list[int] | str | None, drop_path: float
+    architecture: Architecture,
+    input_channels: int,
+    layers: list[int] | str | None,
+    drop_path: float,
 ) -> dict[str, Any]:
     """Return the plans' ``architecture`` entry for a backbone and the images of a dataset."""
-    build = import_models()
-    stem = build.stem_channels(architecture.input_channels, input_channels)
+    stem = stem_channels(architecture.input_channels, input_channels)
     return {
         "network_class_name": SEGMENTER,
         "arch_kwargs": {
             "backbone": {**architecture.to_dict(), "input_channels": stem},
-            "layers": build.resolve_layers(layers, architecture.depth),
+            "layers": resolve_layers(layers, architecture.depth),
             "drop_path": drop_path,
             "activation_checkpointing": checkpointing_setting(),
         },
@@ -144,7 +132,7 @@ def plans_entry(
 
 
 def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configuration: str) -> None:
-    """Refuse another architecture than that of folds which are trained already.
+    """Refuse an architecture other than that of the folds trained before.
 
     One model folder has one plans.json, from which every fold's network is built.
 
@@ -156,7 +144,9 @@ def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configurati
     if not others or found is None:
         return
     ours, theirs = entry["arch_kwargs"], found["arch_kwargs"]
-    differ = sorted(k for k in ours["backbone"] if ours["backbone"][k] != theirs["backbone"].get(k))
+    differ = sorted(
+        differences(Architecture(**ours["backbone"]), Architecture(**theirs["backbone"]))
+    )
     differ += ["layers"] if ours["layers"] != theirs["layers"] else []
     if differ:
         raise UserError(
@@ -185,14 +175,14 @@ def checkpoint_architecture(
     """Return the ``architecture`` entry with which a nnU-Net checkpoint was trained.
 
     Args:
-        filename_or_checkpoint: As nnU-Net passes it. Beside a file lies the model folder's
-            plans.json; only where it does not is the file itself opened, without its tensors.
+        filename_or_checkpoint: As nnU-Net passes it. The architecture is in the model folder's
+            plans.json; only where that is missing is the file opened, without its tensors.
         configuration: Name of the configuration.
 
     Raises:
         UserError: If it was not trained with one of our trainers.
     """
-    content = filename_or_checkpoint
+    content: Any = filename_or_checkpoint
     if isinstance(content, str | os.PathLike):
         entry = saved_architecture(str(Path(content).parent.parent), configuration)
         if entry is not None:

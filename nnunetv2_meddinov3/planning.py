@@ -4,8 +4,8 @@ MedDINOv3 trains on finer pixels than nnU-Net plans: the field of view of the 2D
 over 896 pixels (https://arxiv.org/abs/2509.02379, sec. 3.1). Its formula, ``spacing * patch / 896``
 for each axis, squeezes the anatomy where the patch is not square; here one factor serves both axes.
 
-``MedDINOv3Planner`` adds the configuration while nnU-Net plans, ``meddinov3 plan`` adds it to plans
-that exist; both call ``add_configuration``.
+``MedDINOv3Planner`` adds the configuration while nnU-Net plans, ``meddinov3 plan`` adds it to
+existing plans; both call ``add_configuration``.
 """
 
 import copy
@@ -88,7 +88,7 @@ class MedDINOv3Planner(ExperimentPlanner):
         )
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Write nnU-Net's plans with the added configuration; those of earlier runs stay in them.
+        """Write nnU-Net's plans with the added configuration; those added before are kept.
 
         Returns:
             The plans as written.
@@ -136,7 +136,7 @@ def add_configuration(
         raise UserError(
             f"2d_{size} needs a configuration 2d to inherit from, but {plans['plans_name']} of "
             f"{plans['dataset_name']} have {', '.join(plans['configurations']) or 'none'}: plan "
-            "this dataset anew with nnUNetv2_plan_experiment."
+            "this dataset again with nnUNetv2_plan_experiment."
         )
     planned = PlansManager(plans).get_configuration("2d").configuration
     longest = int(max(planned["patch_size"]))

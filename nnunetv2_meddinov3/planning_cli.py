@@ -1,15 +1,14 @@
-"""``meddinov3 plan``: adds the configuration ``2d_N`` to nnU-Net plans that exist already."""
+"""``meddinov3 plan``: add the configuration ``2d_N`` to existing nnU-Net plans."""
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.files import write_text
 from nnunetv2_meddinov3.settings import backbone_setting, check_variables
 
 
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
         amendments.append((path, plans, amended))
     for path, plans, amended in amendments:
         if amended != plans:
-            _write_plans(path, amended)
+            write_text(path, json.dumps(amended, indent=4, sort_keys=False))  # as nnU-Net does
         number = _dataset_number(path.parent.name)
         print(planning.describe(amended, size, backbone))
         print("Next:")
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meddinov3 plan",
-        description="Adds the configuration 2d_N to nnU-Net plans that exist and leaves all else.",
+        description="Add the configuration 2d_N to existing nnU-Net plans; nothing else changes.",
     )
     parser.add_argument(
         "-d", nargs="+", required=True, metavar="ID", help="[REQUIRED] ids or names of datasets"
@@ -109,7 +108,7 @@ def _find_dataset(dataset: str) -> Path:
     """Return the folder in nnUNet_preprocessed of a dataset given by its id or name."""
     root = os.environ.get("nnUNet_preprocessed")
     if not root or not Path(root).is_dir():
-        what = f"is {root!r}, which is no folder" if root else "is not set"
+        what = f"is {root!r}, which is not a folder" if root else "is not set"
         raise UserError(
             f"nnUNet_preprocessed must name the folder with your plans, but {what}: set it as for "
             "nnU-Net's own commands."
@@ -123,8 +122,8 @@ def _find_dataset(dataset: str) -> Path:
     if len(found) != 1:
         what = ", ".join(folder.name for folder in found or folders) or "none"
         raise UserError(
-            f"-d must name one dataset in {root}, but {dataset!r} fits {len(found)} of those "
-            f"there ({what}): give an id or a name from there, or plan the dataset first with "
+            f"-d must name one dataset in {root}, but {dataset!r} matches {len(found)} of those "
+            f"there ({what}): give one of their ids or names, or plan the dataset first with "
             "nnUNetv2_plan_and_preprocess."
         )
     return found[0]
@@ -137,7 +136,7 @@ def _dataset_number(folder_name: str) -> int:
 
 
 def _find_plans(folder: Path, name: str | None) -> Path:
-    """Return the plans file of that name, without a name ours if it is there, else nnU-Net's."""
+    """Return the plans file of that name; without a name ours if it exists, else nnU-Net's."""
     from nnunetv2_meddinov3.planning import PLANS_NAME, STOCK_PLANS_NAME, check_plans_name
 
     if name is not None:
@@ -149,7 +148,7 @@ def _find_plans(folder: Path, name: str | None) -> Path:
     others = sorted(path.stem for path in folder.glob("*[pP]lans*.json"))
     raise UserError(
         f"{folder} has no plans named {' or '.join(names)} (there: {', '.join(others) or 'none'}): "
-        f"choose some with -p, or plan the dataset with nnUNetv2_plan_and_preprocess -d "
+        f"choose one with -p, or plan the dataset with nnUNetv2_plan_and_preprocess -d "
         f"{_dataset_number(folder.name)} -pl MedDINOv3Planner."
     )
 
@@ -162,7 +161,7 @@ def _read_plans(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(
             f"{path} must hold nnU-Net plans, but lacks {', '.join(sorted(missing))}: plan the "
-            "dataset anew with nnUNetv2_plan_experiment."
+            "dataset again with nnUNetv2_plan_experiment."
         )
     return plans
 
@@ -171,7 +170,7 @@ def _training_cases(folder: Path) -> int:
     dataset = _read_json(folder / "dataset.json")
     if not isinstance(dataset, dict) or not isinstance(dataset.get("numTraining"), int):
         raise UserError(
-            f"{folder / 'dataset.json'} must say numTraining, the number of training images: copy "
+            f"{folder / 'dataset.json'} must hold numTraining, the number of training images: copy "
             "dataset.json there from the raw dataset."
         )
     return dataset["numTraining"]
@@ -181,39 +180,20 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path} must be a JSON file of nnU-Net's, but cannot be read ({reason}): plan the "
-            "dataset anew with nnUNetv2_plan_experiment."
+            f"{path} must be a JSON file of nnU-Net's, but cannot be read ({first_line(error)}): "
+            "plan the dataset again with nnUNetv2_plan_experiment."
         ) from error
 
 
 def _refuse_to_replace(
     plans: dict[str, Any], amended: dict[str, Any], name: str, path: Path
 ) -> None:
-    """Raise UserError where the plans hold a configuration of that name that is not the same."""
+    """Raise UserError if the plans hold a different configuration of that name."""
     old, new = plans["configurations"].get(name), amended["configurations"][name]
     if old is not None and old != new:
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         raise UserError(
-            f"{path} has a {name} already, with another {', '.join(differing)}: keep it, or "
+            f"{path} already has a {name} with a different {', '.join(differing)}: keep it, or "
             "replace it with --overwrite."
         )
-
-
-def _write_plans(path: Path, plans: dict[str, Any]) -> None:
-    """Replace a plans file in one step, written as nnU-Net writes it, with the same permissions."""
-    target = path.resolve()  # the file itself where `path` is a link
-    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("x", encoding="utf-8") as file:
-            json.dump(plans, file, indent=4, sort_keys=False)
-        shutil.copymode(target, beside)
-        beside.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(
-            f"{path} cannot be replaced ({error.strerror}) and is unchanged: make its folder "
-            "writable for you."
-        ) from error

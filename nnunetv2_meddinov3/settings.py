@@ -26,7 +26,7 @@ SIZE_NAMES = (
 
 
 def check_variables() -> None:
-    """Refuse variables with our prefix that nobody reads: they are typing mistakes.
+    """Refuse unknown variables with our prefix: they are typing mistakes.
 
     Raises:
         UserError: If there is one.
@@ -34,9 +34,7 @@ def check_variables() -> None:
     for name in os.environ:
         if name.startswith("MEDDINOV3_") and name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, n=1) or list(VARIABLES)
-            raise UserError(
-                f"the environment variable {name} is not one that is read: did you mean {near[0]}?"
-            )
+            raise UserError(f"the environment variable {name} is unknown: did you mean {near[0]}?")
 
 
 def weights_setting() -> str | None:

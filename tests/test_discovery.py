@@ -31,7 +31,7 @@ def fresh(monkeypatch, tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.TRAINERS = {}
-    module.PLANNERS = {"OurTrainer": "plugin_for_tests"}  # as a planner: those do not need timm
+    module.PLANNERS = {"OurTrainer": "plugin_for_tests"}
     module._HOSTS = {HOST: module.PLANNERS}
     yield module
     for name in [HOST, "host_for_tests", "plugin_for_tests"]:
@@ -127,6 +127,7 @@ def test_a_trainer_is_refused_where_torchvision_does_not_match(fresh, tmp_path, 
     (tmp_path / "timm/__init__.py").write_text(
         "raise RuntimeError('operator torchvision::nms does not exist')\n"
     )
+    (tmp_path / "plugin_for_tests.py").write_text("import timm\nclass OurTrainer: pass\n")
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     fresh.TRAINERS["OurTrainer"] = fresh.PLANNERS.pop("OurTrainer")
     with pytest.raises(UserError, match=r"torch [\d.]+.* and torchvision [\d.]+.* do not match"):

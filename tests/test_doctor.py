@@ -82,7 +82,7 @@ def test_a_check_that_breaks_down_is_a_finding_and_the_others_go_on(checks, erro
         (None, False, 'not installed: pip install "nnunetv2>=2.8,<3"'),
     ],
 )
-def test_versions_outside_the_range_are_named_with_the_mend(monkeypatch, installed, ok, sentence):
+def test_versions_outside_the_range_are_named_with_the_fix(monkeypatch, installed, ok, sentence):
     def version(distribution):
         if installed is None or distribution != "nnunetv2":
             raise doctor.metadata.PackageNotFoundError(distribution)
@@ -138,7 +138,7 @@ def test_folders_must_be_named_and_exist_and_be_writable(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     raw, _, results = doctor.examine_folders()
     assert raw.ok, "nnU-Net only reads there"
-    assert "cannot write into" in results.sentence
+    assert "cannot write to" in results.sentence
     assert "Permission denied" in results.sentence
 
 

@@ -3,18 +3,17 @@
 The public names load lazily, so that commands which only look at files start fast.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
-    "build_segmenter": "nnunetv2_meddinov3.models.build",
-    "load_backbone": "nnunetv2_meddinov3.models.build",
-    "save_backbone": "nnunetv2_meddinov3.models.build",
-}
+if TYPE_CHECKING:
+    from nnunetv2_meddinov3.models.build import build_segmenter, load_backbone, save_backbone
+
 __all__ = ["build_segmenter", "load_backbone", "save_backbone"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nnunetv2_meddinov3.models import build
+
+    return getattr(build, name)

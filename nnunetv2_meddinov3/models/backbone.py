@@ -7,9 +7,10 @@ embeddings (DINOv3, https://arxiv.org/abs/2508.10104; MedDINOv3, https://arxiv.o
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from timm.layers import DropPath
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from nnunetv2_meddinov3.models.architecture import Architecture, check_layers
 
 ROPE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-class Tokens(NamedTuple):
-    """The tokens of one block after the final norm, with P = h * w patches in row-major order."""
 
-    cls: Tensor  # (B, D)
-    registers: Tensor  # (B, R, D)
-    patches: Tensor  # (B, P, D)
+class Tokens(NamedTuple):
+    """The tokens of one block after the final norm, patches in row-major order."""
+
+    cls: Float[Tensor, "batch dim"]
+    registers: Float[Tensor, "batch register dim"]
+    patches: Float[Tensor, "batch patch dim"]
 
 
 class _Cast(nn.Module):
@@ -34,7 +36,9 @@ class _Cast(nn.Module):
         super().__init__()
         self.dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch head token width"]
+    ) -> Float[Tensor, "batch head token width"]:
         return x.to(self.dtype)
 
 
@@ -60,7 +64,7 @@ class Backbone(nn.Module):
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
         self.architecture = a = architecture
-        self.vit = Eva(
+        self.vit: Any = Eva(
             patch_size=a.patch_size,
             in_chans=a.input_channels,
             num_classes=0,
@@ -83,16 +87,21 @@ class Backbone(nn.Module):
             use_fc_norm=False,
             dynamic_img_size=True,
         )
-        # The released files hold periods rounded to bf16: they are weights, and stay with them.
-        self.vit.rope.register_buffer("periods", self.vit.rope.periods, persistent=True)
         self.mask_token = nn.Parameter(torch.zeros(1, a.embed_dim)) if mask_token else None
+        self._add_what_timm_lacks(drop_path)
+        self.vit.set_grad_checkpointing(activation_checkpointing)
+        self.init_weights()
+
+    def _add_what_timm_lacks(self, drop_path: float) -> None:
+        """Save the rotary periods, drop paths at one rate, rotate in the architecture's dtype."""
+        rope, dtype = self.vit.rope, self.architecture.rope_dtype
+        # The released files hold periods rounded to bf16: they are weights, and stay with them.
+        rope.register_buffer("periods", rope.periods, persistent=True)
         for block in self.vit.blocks:
             if drop_path:
                 block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
-            if a.rope_dtype != "fp32":
-                block.attn.q_norm = block.attn.k_norm = _Cast(ROPE_DTYPES[a.rope_dtype])
-        self.vit.set_grad_checkpointing(activation_checkpointing)
-        self.init_weights()
+            if dtype != "fp32":
+                block.attn.q_norm = block.attn.k_norm = _Cast(ROPE_DTYPES[dtype])
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -119,11 +128,13 @@ class Backbone(nn.Module):
         """Number of blocks."""
         return self.architecture.depth
 
-    def intermediate_tokens(self, images: Tensor, layers: list[int]) -> list[Tokens]:
+    def intermediate_tokens(
+        self, images: Float[Tensor, "batch channel height width"], layers: list[int]
+    ) -> list[Tokens]:
         """Return the tokens after chosen blocks, each after the final norm.
 
         Args:
-            images: (B, C, H, W), H and W multiples of the patch size.
+            images: Height and width are multiples of the patch size.
             layers: Block indices from 0, in depth order and without repetition.
 
         Raises:
@@ -143,17 +154,19 @@ class Backbone(nn.Module):
                 tokens.append(Tokens(y[:, 0], y[:, 1:prefix], y[:, prefix:]))
         return tokens
 
-    def intermediate_features(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+    def intermediate_features(
+        self, images: Float[Tensor, "batch channel height width"], layers: list[int]
+    ) -> list[Float[Tensor, "batch dim rows columns"]]:
         """Return the patch tokens after chosen blocks as maps, each after the final norm.
 
         That is what the reference decodes (MedDINOv3, sec. 3.1).
 
         Args:
-            images: (B, C, H, W), H and W multiples of the patch size.
+            images: Height and width are multiples of the patch size.
             layers: Block indices from 0, in depth order and without repetition.
 
         Returns:
-            One (B, D, H/16, W/16) map per layer.
+            One map of patches per layer.
         """
         self._check_images(images)
         h, w = (side // self.patch_size for side in images.shape[-2:])
@@ -167,14 +180,21 @@ class Backbone(nn.Module):
         """Patch side in pixels."""
         return self.architecture.patch_size
 
-    def _with_prefix(self, patches: Tensor) -> Tensor:
-        """Put cls and register tokens before (B, P, D) patch tokens."""
+    def _with_prefix(
+        self, patches: Float[Tensor, "batch patch dim"]
+    ) -> Float[Tensor, "batch token dim"]:
+        """Put cls and register tokens before patch tokens."""
         prefix = [self.vit.cls_token, self.vit.reg_token]
         return torch.cat(
             [*(t.expand(len(patches), -1, -1) for t in prefix if t is not None), patches], dim=1
         )
 
-    def _run_block(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+    def _run_block(
+        self,
+        block: nn.Module,
+        x: Float[Tensor, "batch token dim"],
+        embedding: Float[Tensor, "patch rotary"],
+    ) -> Float[Tensor, "batch token dim"]:
         if self.vit.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, embedding, use_reentrant=False)
         return block(x, embedding)
@@ -190,24 +210,24 @@ class Backbone(nn.Module):
 
 
 def rotary_embedding(
-    periods: Tensor,
+    periods: Float[Tensor, " period"],
     grid_size: tuple[int, int],
     dtype: torch.dtype,
     *,
-    shift: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> Tensor:
+    shift: Float[Tensor, "2"] | None = None,
+    factor: Float[Tensor, "2"] | None = None,
+) -> Float[Tensor, "patch 8*period"]:
     """Return sines and cosines of the patch centres, computed in ``dtype`` as in the original.
 
     Args:
-        periods: (head width / 4,).
+        periods: A quarter of the head width of them.
         grid_size: Patches along height and width.
         dtype: fp32, or bf16, which is what DINOv3's and MedDINOv3's training ran.
-        shift: (2,), added to the coordinates of each axis, which lie in [-1, 1].
-        factor: (2,), by which they are multiplied then.
+        shift: Added to the coordinates of each axis, which lie in [-1, 1].
+        factor: What the shifted coordinates are multiplied by.
 
     Returns:
-        (P, 2 * head width): all sines, then all cosines.
+        All sines, then all cosines, twice the head width.
     """
     axes = []
     for n in grid_size:

@@ -6,34 +6,34 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.architecture import architecture_of
+from nnunetv2_meddinov3.models.architecture import SIZE_FIELDS, architecture_of, differences
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.formats import listing, parse_state_dict
-from nnunetv2_meddinov3.models.resolve import resolve_source
-from nnunetv2_meddinov3.models.segmenter import Segmenter, resolve_layers
+from nnunetv2_meddinov3.models.segmenter import Segmenter
 from nnunetv2_meddinov3.models.tensor_files import read_files
 from nnunetv2_meddinov3.models.weights import (
     Checkpoint,
     checkpoint_from,
-    save_checkpoint,
+    resolve_source,
+    save_backbone,
+    tensors_of,
 )
 
 __all__ = [
     "adapt_stem",
-    "architecture_of",
+    "backbone_from",
     "build_segmenter",
     "load_backbone",
     "load_into",
-    "resolve_layers",
     "resolve_source",
     "save_backbone",
     "stem_channels",
 ]
 
-save_backbone = save_checkpoint
 _OF_DECODER = re.compile(r"(?:^|\.)(?:decoder|up_projection)\.")
 
 
@@ -67,7 +67,7 @@ def backbone_from(checkpoint: Checkpoint) -> Backbone:
         backbone = Backbone(checkpoint.architecture, mask_token=has_mask_token)
     backbone.load_state_dict(_module_names(checkpoint.tensors), assign=True)
     for block in backbone.vit.blocks:
-        if block.attn.q_bias is not None:  # timm's constant zero, which no file holds
+        if block.attn.q_bias is not None:  # timm's constant zero, which is in no file
             block.attn.k_bias = torch.zeros(checkpoint.architecture.embed_dim)
     return backbone
 
@@ -98,15 +98,13 @@ def build_segmenter(
     Raises:
         UserError: If the weights do not fit to the last key.
     """
-    given = None if isinstance(backbone, str) else backbone
-    architecture = architecture_of(backbone) if given is None else given.architecture
+    architecture = architecture_of(backbone) if isinstance(backbone, str) else backbone.architecture
     stem = stem_channels(architecture.input_channels, input_channels)
     network = Segmenter(
         input_channels, num_classes, replace(architecture, input_channels=stem).to_dict(), layers
     )
-    if given is not None:
-        tensors = {n.removeprefix("vit."): t for n, t in given.state_dict().items()}
-        load_into(network, tensors, image_channels=input_channels)
+    if not isinstance(backbone, str):
+        load_into(network, tensors_of(backbone), image_channels=input_channels)
     if weights is not None:
         _load_segmenter(network, weights)
     return network
@@ -138,17 +136,16 @@ def stem_channels(weights: int, images: int) -> int:
     return weights if images == 1 and weights == 3 else images
 
 
-def adapt_stem(weight: Tensor, image_channels: int, wanted: int) -> Tensor:
+def adapt_stem(
+    weight: Float[Tensor, "dim channels patch patch"], image_channels: int, wanted: int
+) -> Float[Tensor, "dim {wanted} patch patch"]:
     """Make a patch embedding's kernel fit another channel count.
 
     Args:
-        weight: (D, C, p, p).
+        weight: The kernel for C channels.
         image_channels: Image channels N. With N different from C the mean kernel times C / N stands
             for each, so that equal channels give what repeated grey gives.
         wanted: Input channels of the result; those beyond N (cascade one-hot) start at zero.
-
-    Returns:
-        (D, wanted, p, p).
     """
     channels = weight.shape[1]
     if image_channels != channels:
@@ -171,8 +168,8 @@ def _load_segmenter(
     wrong = [k for k in own if k not in decoder or decoder[k].shape != own[k].shape]
     wrong += [k for k in decoder if k not in own]
     theirs, ours = checkpoint.architecture, network.backbone.architecture
-    same = ("embed_dim", "depth", "num_heads", "ffn", "ffn_hidden", "qkv_bias", "num_registers")
-    differ = [n for n in (*same, "input_channels") if getattr(theirs, n) != getattr(ours, n)]
+    same = (*SIZE_FIELDS, "qkv_bias", "num_registers", "input_channels")
+    differ = list(differences(ours, theirs, same))
     if (theirs.layer_scale is None) != (ours.layer_scale is None):
         differ.append("layer_scale")
     wrong += [

@@ -8,8 +8,11 @@ backward pass, so that full-resolution maps with many channels never exist for a
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -25,16 +28,19 @@ class _Upsampling(nn.Module):
         self.conv = nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
         self.norm = nn.LayerNorm(channels // 2, eps=1e-6)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (N, C) tokens to their four children in row-major order, (4 * N, C / 2)."""
+    def forward(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "4*token dim//2"]:
+        """Map tokens to their four children in row-major order."""
         c = self.conv.out_channels
         # (C, C/2, 2, 2) -> (C, 2 * 2 * C/2): the children of a token lie beside each other
         weight = self.conv.weight.permute(0, 2, 3, 1).reshape(self.conv.in_channels, 4 * c)
+        assert self.conv.bias is not None
         children = torch.addmm(self.conv.bias.repeat(4), tokens, weight).view(-1, c)
         return F.gelu(self.norm(children))
 
-    def on_maps(self, maps: Tensor) -> Tensor:
-        """Map (B, C, h, w) to (B, C / 2, 2 * h, 2 * w), step for step as the reference does."""
+    def on_maps(
+        self, maps: Float[Tensor, "batch dim height width"]
+    ) -> Float[Tensor, "batch dim//2 2*height 2*width"]:
+        """Double the sides of maps, step for step as the reference does."""
         x = self.conv(maps)
         mean = x.mean(1, keepdim=True)
         variance = (x - mean).pow(2).mean(1, keepdim=True)
@@ -67,25 +73,24 @@ class TokenDecoder(nn.Module):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, or None, got {chunk}")
         self.chunk = chunk
-        self.upsampling = nn.ModuleList(
-            _Upsampling(in_channels // 2**s) for s in range(self.stages)
-        )
+        upsampling = nn.ModuleList(_Upsampling(in_channels // 2**s) for s in range(self.stages))
+        self.upsampling = cast("Sequence[_Upsampling]", upsampling)
         # nnU-Net's -pretrained_weights leaves out what is called seg_layers
-        self.seg_layers = nn.ModuleList([nn.Conv2d(in_channels // patch_size, num_classes, 1)])
+        head = nn.Conv2d(in_channels // patch_size, num_classes, 1)
+        self.seg_layers = cast("Sequence[nn.Conv2d]", nn.ModuleList([head]))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, a=1e-2)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Decode tokens.
+    def forward(
+        self, tokens: Float[Tensor, "batch patch dim"], grid_size: tuple[int, int]
+    ) -> Float[Tensor, "batch classes height width"]:
+        """Decode tokens to logits.
 
         Args:
-            tokens: (B, P, C) in row-major order.
-            grid_size: Patches along height and width, with h * w = P.
-
-        Returns:
-            Logits (B, K, h * patch_size, w * patch_size).
+            tokens: In row-major order.
+            grid_size: Patches along height and width, as many as there are tokens.
         """
         if self.chunk is None or tokens.shape[0] * tokens.shape[1] <= self.chunk:
             return self._decode_maps(tokens.transpose(1, 2).unflatten(2, grid_size))
@@ -100,22 +105,26 @@ class TokenDecoder(nn.Module):
         )
         return self._rearrange(logits, len(tokens), *grid_size)
 
-    def _decode_maps(self, maps: Tensor) -> Tensor:
-        """Map (B, C, h, w) to logits (B, K, H, W)."""
+    def _decode_maps(
+        self, maps: Float[Tensor, "batch dim rows columns"]
+    ) -> Float[Tensor, "batch classes height width"]:
+        """Decode whole maps of tokens to logits."""
         for stage in self.upsampling:
             maps = stage.on_maps(maps)
         return self.seg_layers[0](maps)
 
-    def _decode(self, tokens: Tensor) -> Tensor:
-        """Map (N, C) tokens to the logits of their pixels, (N, 4 ** stages * K)."""
+    def _decode(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "token logits"]:
+        """Map tokens to the logits of their pixels, 4 ** stages * K for each."""
         x = tokens
         for stage in self.upsampling:
             x = stage(x)
         head = self.seg_layers[0]
         return F.linear(x, head.weight.flatten(1), head.bias).view(len(tokens), -1)
 
-    def _rearrange(self, logits: Tensor, batch: int, h: int, w: int) -> Tensor:
-        """Put the pixels of every token in their place: (B * h * w, ...) -> (B, K, H, W)."""
+    def _rearrange(
+        self, logits: Float[Tensor, "token logits"], batch: int, h: int, w: int
+    ) -> Float[Tensor, "{batch} classes height width"]:
+        """Put the pixels of every token in their place."""
         s, p = self.stages, 2**self.stages
         # a pixel's row is (token row, row bit of stage 1, ..., row bit of stage s); columns alike
         x = logits.view(batch, h, w, *(2,) * (2 * s), -1)

@@ -5,6 +5,7 @@ up used, named as expected to be dropped, or named in an error.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from nnunetv2_meddinov3.errors import UserError
 # wrappers that leave their name in the keys
 _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 _FIRST_BLOCK = re.compile(r"^(.*?)(?:vit\.)?(?:blocks|(?:model\.)?layer)\.0\.norm1\.weight$")
-# what may stand beside a backbone in a checkpoint of a training run or of a whole segmenter
+# what may accompany a backbone in a checkpoint of a training run or of a whole segmenter
 _BESIDE = re.compile(
     r"(?:^|\.)(?:dino_head|ibot_head|dino_loss|ibot_patch_loss|koleo_loss|gram_loss|optimizer"
     r"|up_projection|decoder)\."
@@ -30,6 +31,15 @@ _TRAINING_NAMES = {
     "dino_encoder",
 }
 
+
+def _in_blocks(blocks: str, names: dict[str, str]) -> list[tuple[str, str | None]]:
+    """Return the rules for layers of every block: their name within it -> the canonical one."""
+    return [
+        (rf"{blocks}\.(\d+)\.{theirs}\.(\w+)", rf"blocks.\1.{ours}.\2")
+        for theirs, ours in names.items()
+    ]
+
+
 # (pattern, canonical name, or None for a key that is expected to be dropped), first match wins
 _RULES: dict[str, list[tuple[str, str | None]]] = {
     "meta": [
@@ -38,14 +48,14 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
         (r"rope_embed\.periods", "rope.periods"),
         (r"blocks\.(\d+)\.ls([12])\.gamma", r"blocks.\1.gamma_\2"),
         (
-            r"blocks\.(\d+)\.(norm[12]\.\w+|attn\.qkv\.(?:weight|bias)|attn\.proj\.\w+)",
+            r"blocks\.(\d+)\.(norm[12]\.\w+|attn\.qkv\.(?:weight|bias)|attn\.proj\.\w+"
+            r"|mlp\.fc[12]\.\w+)",
             r"blocks.\1.\2",
         ),
         (r"blocks\.(\d+)\.attn\.qkv\.bias_mask", None),
-        (r"blocks\.(\d+)\.mlp\.(fc[12]\.\w+)", r"blocks.\1.mlp.\2"),
-        (r"blocks\.(\d+)\.mlp\.w1\.(\w+)", r"blocks.\1.mlp.fc1_g.\2"),
-        (r"blocks\.(\d+)\.mlp\.w2\.(\w+)", r"blocks.\1.mlp.fc1_x.\2"),
-        (r"blocks\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+        *_in_blocks(
+            "blocks", {r"mlp\.w1": "mlp.fc1_g", r"mlp\.w2": "mlp.fc1_x", r"mlp\.w3": "mlp.fc2"}
+        ),
         (r"local_cls_norm\.\w+", None),  # used for local crops in pretraining only (7B, SAT)
     ],
     "timm": [
@@ -63,18 +73,22 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
         (r"norm\.(weight|bias)", r"norm.\1"),
         (r"rope_embeddings\.periods", "rope.periods"),
         (r"rope_embeddings\.inv_freq", None),
-        (r"layer\.(\d+)\.(norm[12]\.\w+)", r"blocks.\1.\2"),
         (r"layer\.(\d+)\.layer_scale([12])\.(?:lambda1|gamma)", r"blocks.\1.gamma_\2"),
-        (r"layer\.(\d+)\.attention\.(?:query|q_proj)\.(\w+)", r"blocks.\1.attn.q.\2"),
-        (r"layer\.(\d+)\.attention\.(?:key|k_proj)\.(\w+)", r"blocks.\1.attn.k.\2"),
-        (r"layer\.(\d+)\.attention\.(?:value|v_proj)\.(\w+)", r"blocks.\1.attn.v.\2"),
-        (r"layer\.(\d+)\.attention\.(?:proj|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
-        (r"layer\.(\d+)\.mlp\.(?:w1|gate_proj)\.(\w+)", r"blocks.\1.mlp.fc1_g.\2"),
-        (r"layer\.(\d+)\.mlp\.w2\.(\w+)", r"blocks.\1.mlp.fc1_x.\2"),
-        (r"layer\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-        (r"layer\.(\d+)\.mlp\.(fc[12])\.(\w+)", r"blocks.\1.mlp.\2.\3"),
-        (r"layer\.(\d+)\.mlp\.up_proj\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-        (r"layer\.(\d+)\.mlp\.down_proj\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+        *_in_blocks(
+            "layer",
+            {
+                "norm1": "norm1",
+                "norm2": "norm2",
+                r"attention\.(?:query|q_proj)": "attn.q",
+                r"attention\.(?:key|k_proj)": "attn.k",
+                r"attention\.(?:value|v_proj)": "attn.v",
+                r"attention\.(?:proj|o_proj)": "attn.proj",
+                r"mlp\.(?:w1|gate_proj)": "mlp.fc1_g",
+                r"mlp\.w2": "mlp.fc1_x",
+                r"mlp\.(?:fc1|up_proj)": "mlp.fc1",
+                r"mlp\.(?:fc2|w3|down_proj)": "mlp.fc2",
+            },
+        ),
     ],
 }
 
@@ -146,10 +160,10 @@ def parse_state_dict(state: dict[str, Tensor], where: str, branch: str | None = 
     )
 
 
-def listing(names: object, count: int = 5) -> str:
+def listing(names: Iterable[object], count: int = 5) -> str:
     """Return the first names of an iterable, separated by commas."""
-    names = list(names)
-    return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")
+    words = list(map(str, names))
+    return ", ".join(words[:count]) + (", ..." if len(words) > count else "")
 
 
 def _backbone_prefixes(state: dict[str, Tensor]) -> list[str]:
@@ -192,7 +206,8 @@ def _naming(own: dict[str, Tensor]) -> str:
 
 
 def _rename(own: dict[str, Tensor], naming: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    tensors, dropped, unknown = {}, [], []
+    tensors: dict[str, Tensor] = {}
+    dropped, unknown = [], []
     gated = any("gate_proj" in key for key in own)
     for key, tensor in own.items():
         name = re.sub(r"^vit\.", "", key)  # our Backbone keeps timm's module under this name
@@ -228,7 +243,7 @@ def _split_biases(tensors: dict[str, Tensor], dropped: list[str], where: str) ->
         parts = {n: tensors[n] for c in "qkv" if (n := f"{attn}.{c}.weight") in tensors}
         if len(parts) == 3 and {t.ndim for t in parts.values()} == {2} and _alike(parts):
             parts = {f"{attn}.qkv.weight": torch.cat(list(parts.values()))}
-        out.update(parts)  # separate ones have no place and are named as such
+        out.update(parts)  # those left separate are unexpected and named in the error
         q, k, v = (tensors.get(f"{attn}.{n}.bias") for n in "qkv")
         if (fused := tensors.get(f"{attn}.qkv.bias")) is not None:
             if fused.ndim != 1 or len(fused) % 3:

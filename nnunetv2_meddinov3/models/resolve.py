@@ -1,17 +1,22 @@
-"""Where weights come from: paths, timm, the Hugging Face hub, torch.hub, or nowhere on purpose."""
+"""Where weights come from: paths, timm, the Hugging Face hub, torch.hub, or nowhere on purpose.
+
+Heavy libraries are imported where they are used, so that the doctor and commands start fast.
+"""
 
 import contextlib
 import difflib
-import importlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.paths import existing
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.files import existing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "MEDDINOV3_WEIGHTS"
 DINOV3_REPOSITORY = "facebookresearch/dinov3"
@@ -63,28 +68,6 @@ def parse_source(value: str | os.PathLike[str]) -> Source:
     return Source("path", text)
 
 
-def resolve_source(
-    value: str | os.PathLike[str], *, branch: str | None = None, **overrides: Any
-) -> Any:
-    """Fetch and read a source, returning a ``weights.Checkpoint``.
-
-    Args:
-        value: One of the forms of ``MEDDINOV3_WEIGHTS`` except ``none``.
-        branch: Which backbone of a training checkpoint.
-        **overrides: Fields of ``Architecture``.
-
-    Raises:
-        UserError: If the source is unknown, cannot be reached, or cannot be read whole.
-    """
-    source = parse_source(value)
-    if source.kind == "none":
-        raise UserError("weights 'none' stand for random initialisation: there is nothing to load.")
-    if source.kind == "torchhub":
-        return _from_torch_hub(source, str(value), branch, overrides)
-    weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
-    return weights.read_checkpoint(fetch(value), source=str(value), branch=branch, **overrides)
-
-
 def fetch(value: str | os.PathLike[str]) -> Path:
     """Return the local file of a source, downloading it to the hub's cache where needed.
 
@@ -103,13 +86,14 @@ def _hub_file(source: Source) -> tuple[str, str, str | None]:
     """Return repository, file and revision on the hub."""
     if source.kind == "hf":
         return str(source.repository), source.name, source.revision
-    models = importlib.import_module("timm.models")
+    from timm.models import get_pretrained_cfg, list_models
+
     try:
-        config = models.get_pretrained_cfg(source.name)
+        config = get_pretrained_cfg(source.name)
     except RuntimeError:
         config = None
     if config is None or not config.hf_hub_id or "dinov3" not in source.name:
-        names = [n for n in models.list_models("*vit*dinov3*", pretrained=True)]
+        names = list_models("*vit*dinov3*", pretrained=True)
         near = difflib.get_close_matches(source.name, names, n=3) or names[:3]
         raise UserError(
             f"timm must know the DINOv3 ViT, but has no weights for {source.name!r}: try "
@@ -123,10 +107,11 @@ def _hub_file(source: Source) -> tuple[str, str, str | None]:
 
 
 def _download(value: object, repository: str, file: str, revision: str | None) -> Path:
-    hub = importlib.import_module("huggingface_hub")
-    hub.utils.logging.set_verbosity_error()  # our sentence says what its retries would
+    import huggingface_hub as hub
+
     try:
-        path = Path(hub.hf_hub_download(repository, file, revision=revision))
+        with _quiet_hub():
+            path = Path(hub.hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # the hub's, its HTTP client's and the disk's errors alike
         raise UserError(
             f"the weights {value} must be reachable, but {_why_not(error)}: set {VARIABLE} to a "
@@ -134,11 +119,24 @@ def _download(value: object, repository: str, file: str, revision: str | None) -
             "another source, or to none for random initialisation."
         ) from error
     if path.suffix == ".safetensors":  # transformers keeps heads and epsilon in a file beside it
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), _quiet_hub():
             folder = Path(file).parent.as_posix()
             beside = "config.json" if folder == "." else f"{folder}/config.json"
             hub.hf_hub_download(repository, beside, revision=revision)
     return path
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub's log for a moment: our sentence says what its retries would."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _why_not(error: Exception) -> str:
@@ -154,7 +152,7 @@ def _why_not(error: Exception) -> str:
         "ConnectionError",
     }:
         return "this machine is offline and its cache does not hold them"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -164,7 +162,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _missing(source: Source) -> str | None:
-    """Say which path of a torch.hub source is not there; OWNER/REPO stands for one on GitHub."""
+    """Say which path of a torch.hub source is missing; OWNER/REPO stands for one on GitHub."""
     folder, file = source.repository, source.file
     is_github = folder and re.fullmatch(r"[\w-]+/[\w.-]+(?::[\w./-]+)?", folder)
     if folder and not is_github and not ((found := existing(folder)) and found.is_dir()):
@@ -174,13 +172,21 @@ def _missing(source: Source) -> str | None:
     return None
 
 
-def _from_torch_hub(
-    source: Source, where: str, branch: str | None, overrides: dict[str, Any]
-) -> Any:
-    """Build a hub entry and take its weights; the repository's own code runs, as it must."""
-    torch = importlib.import_module("torch")
-    formats = importlib.import_module("nnunetv2_meddinov3.models.formats")
-    weights = importlib.import_module("nnunetv2_meddinov3.models.weights")
+def read_torch_hub(source: Source, where: str) -> "tuple[dict[str, Tensor], float | None]":
+    """Build a torch.hub entry and take its weights; the repository's own code runs, as it must.
+
+    Args:
+        source: Of the kind ``torchhub``.
+        where: What to call it in an error.
+
+    Returns:
+        The state dict, and the epsilon of the final norm if it has one.
+
+    Raises:
+        UserError: If a path is missing or the entry does not load.
+    """
+    import torch
+
     if missing := _missing(source):
         raise UserError(f"the torch.hub entry {where} must load, but {missing}.")
     local = existing(source.repository) if source.repository else None
@@ -193,17 +199,12 @@ def _from_torch_hub(
             **({} if local else {"trust_repo": True}),
             **arguments,
         )
-        state, norm = module.state_dict(), getattr(module, "norm", None)
+        return module.state_dict(), getattr(getattr(module, "norm", None), "eps", None)
     except (Exception, SystemExit) as error:  # the repository's code may raise anything
         raise UserError(
-            f"the torch.hub entry {where} must load, but it says: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200]} (give a local "
-            "clone after @ and a weights file after =)."
+            f"the torch.hub entry {where} must load, but it says: {first_line(error)} (give "
+            "a local clone after @ and a weights file after =)."
         ) from error
-    if hasattr(norm, "eps"):
-        overrides = {"norm_eps": norm.eps, **overrides}
-    parsed = formats.parse_state_dict(state, where, branch)
-    return weights.checkpoint_from(parsed, where, **overrides)
 
 
 def describe_weights_source(value: str) -> tuple[bool, str]:
@@ -228,22 +229,21 @@ def describe_weights_source(value: str) -> tuple[bool, str]:
         repository, file, revision = _hub_file(source)
     except UserError as error:
         return False, str(error)
-    hub = importlib.import_module("huggingface_hub")
+    return _ask_hub(value, repository, file, revision)
+
+
+def _ask_hub(value: str, repository: str, file: str, revision: str | None) -> tuple[bool, str]:
+    import huggingface_hub as hub
+
     cached = hub.try_to_load_from_cache(repository, file, revision=revision)
     if isinstance(cached, str):
         return True, f"{value} is in the hub's cache"
-    return _ask_hub(hub, value, repository, file, revision)
-
-
-def _ask_hub(
-    hub: Any, value: str, repository: str, file: str, revision: str | None
-) -> tuple[bool, str]:
     try:
         url = hub.hf_hub_url(repository, file, revision=revision)
         hub.get_hf_file_metadata(url, timeout=10)
     except Exception as error:  # as in _download
         return False, (
-            f"{value} cannot be had: {_why_not(error)}; set {VARIABLE} to a local "
+            f"{value} is not available: {_why_not(error)}; set {VARIABLE} to a local "
             "file, or fetch it on a machine with a connection (`meddinov3 weights fetch`)"
         )
     return True, f"{value} will be downloaded at the first training"

@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.models.architecture import Architecture, check_layers, default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.decoder import CHUNK, TokenDecoder
-from nnunetv2_meddinov3.models.precision import gpu_has_bf16
+from nnunetv2_meddinov3.models.precision import has_bf16
 
 
 class Segmenter(nn.Module):
@@ -68,17 +69,16 @@ class Segmenter(nn.Module):
             architecture.patch_size,
             chunk=decoder_chunk,
         )
-        # fp16 needs a gradient scaler and its predictions overflow first: prefer bf16 where it is
-        self.autocast_dtype = torch.bfloat16 if gpu_has_bf16() else None
+        # fp16 needs a gradient scaler and its predictions overflow first: prefer native bf16
+        self.autocast_dtype = torch.bfloat16 if has_bf16() else None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
         """Segment images of any size; sides are padded with zeros to whole patches and cropped.
 
-        Args:
-            images: (B, C, H, W).
-
         Returns:
-            Logits (B, K, H, W), in fp32 where bf16 autocast is active.
+            Logits, in fp32 where bf16 autocast is active.
         """
         if self.autocast_dtype and images.is_cuda and torch.is_autocast_enabled():
             with torch.autocast("cuda", dtype=self.autocast_dtype):
@@ -86,7 +86,9 @@ class Segmenter(nn.Module):
             return logits.float()
         return self._forward(images)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
         height, width = images.shape[-2:]
         p = self.backbone.patch_size
         images = F.pad(images, (0, -width % p, 0, -height % p))

@@ -1,12 +1,9 @@
-"""Checkpoint files: read without running their code, written whole or not at all."""
+"""Tensors in files and folders of any known format, read without running their code."""
 
 import contextlib
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,32 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.dcp import is_dcp, read_dcp
-from nnunetv2_meddinov3.models.paths import existing
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.files import existing
 
 METADATA_KEY = "meddinov3"
+
+# what the pickled index of a distributed checkpoint may name
+_INDEX_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+)
+_INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+}
 
 
 @dataclass
 class Contents:
-    """What lies in a checkpoint file or folder.
+    """What a checkpoint file or folder holds.
 
     Attributes:
         tensors: Key -> tensor; nested dictionaries are flattened with dots.
@@ -52,8 +64,8 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
         raise UserError(f"the weights must exist, but there is no {where}: check the path.")
     path = found
     if path.is_dir():
-        if is_dcp(path):
-            return Contents(read_dcp(path, where))
+        if (path / ".metadata").is_file():
+            return Contents(_read_distributed(path, where))
         shards = _shards(path, where)
         if not shards:
             raise UserError(
@@ -72,7 +84,7 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
 
 
 def _shards(folder: Path, where: str) -> list[Path]:
-    """Return the files of a folder of Hugging Face weights; none if it is no such folder."""
+    """Return the files of a folder of Hugging Face weights; none if it is not such a folder."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         whole = folder / "model.safetensors"
@@ -102,7 +114,7 @@ def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
-        raise UserError(f"{where} must be readable: {error.strerror}.") from error
+        raise UserError(f"{where} must be readable: {first_line(error)}.") from error
     if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] != b"PK"):
         return _read_safetensors(path, where)
     return _read_pickle(path, where), {}
@@ -113,7 +125,7 @@ def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[s
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             if not isinstance(facts, dict):
-                raise ValueError("its metadata are no dictionary")
+                raise ValueError("its metadata are not a dictionary")
             return {k: file.get_tensor(k) for k in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise UserError(_damaged(where, error)) from error
@@ -140,12 +152,12 @@ def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
 
 
 def _damaged(where: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{where} must be a whole safetensors or torch file, but it is damaged: {reason[:200]}"
+    reason = first_line(error)
+    return f"{where} must be a whole safetensors or torch file, but it is damaged: {reason}."
 
 
 def _flatten(content: Any, prefix: str, out: dict[str, Tensor]) -> None:
-    """Collect the tensors of nested dictionaries under dotted keys; the rest is no weight."""
+    """Collect the tensors of nested dictionaries under dotted keys; the rest are not weights."""
     if isinstance(content, Tensor):
         out[prefix] = content
     elif isinstance(content, dict):
@@ -153,29 +165,48 @@ def _flatten(content: Any, prefix: str, out: dict[str, Tensor]) -> None:
             _flatten(value, f"{prefix}.{key}" if prefix else str(key), out)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; put it in place only if nothing failed.
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickle a distributed checkpoint's index: torch's records of shapes, dtypes and places."""
 
-    Raises:
-        UserError: If the folder cannot be written.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_NAMES or (module in _INDEX_MODULES and "." not in name):
+            found = super().find_class(module, name)
+            if (module, name) in _INDEX_NAMES or isinstance(found, type):
+                return found
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
+
+
+class _Reader(FileSystemReader):
+    """A reader whose index cannot run code; torch reads the tensors with weights_only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:  # written by an older torch
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _read_distributed(path: Path, where: str) -> dict[str, Tensor]:
+    """Read every tensor of a distributed checkpoint in one process, without optimiser states."""
+    reader = _Reader(path)
     try:
-        yield part
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} must be writable: {error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def copy_whole(source: Path, target: Path) -> Path:
-    """Copy a file; the target exists whole or not at all.
-
-    Raises:
-        UserError: If the target cannot be written.
-    """
-    with replacing(target) as part:
-        shutil.copyfile(source, part)
-    return target
+        entries = reader.read_metadata().state_dict_metadata
+        state = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer")
+        }
+        load(state, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        raise UserError(
+            f"{where} must be a whole distributed checkpoint, but it is damaged or unsafe: "
+            f"{first_line(cause)}."
+        ) from error
+    return state

@@ -1,4 +1,9 @@
-"""Checkpoint files in and out: detection, safe reading, strict accounting, metadata, licences."""
+"""Backbone checkpoints in and out: from a source to tensors, all accounted for, and to a file.
+
+``resolve_source`` names the steps in order: find the file (``resolve``), read its tensors without
+running its code (``tensor_files``), give them their canonical names (``formats``), read the
+architecture off them and hold them to it.
+"""
 
 import json
 import os
@@ -7,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.files import replacing
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.formats import Parsed, listing, parse_state_dict
-from nnunetv2_meddinov3.models.tensor_files import METADATA_KEY, read_files, replacing
+from nnunetv2_meddinov3.models.resolve import fetch, parse_source, read_torch_hub
+from nnunetv2_meddinov3.models.tensor_files import METADATA_KEY, read_files
 
 DINOV3_LICENCE = (
     "DINOv3 License (Meta, https://ai.meta.com/resources/models-and-libraries/dinov3-license/)"
@@ -55,6 +63,30 @@ class Checkpoint:
         """Say in a line what was loaded and what was left out."""
         left = f", {len(self.dropped)} left out as expected" if self.dropped else ""
         return f"{self.source} ({self.layout}): {len(self.tensors)} tensors used{left}"
+
+
+def resolve_source(
+    value: str | os.PathLike[str], *, branch: str | None = None, **overrides: Any
+) -> Checkpoint:
+    """Fetch and read a source of weights.
+
+    Args:
+        value: One of the forms of ``MEDDINOV3_WEIGHTS`` except ``none``.
+        branch: Which backbone of a training checkpoint.
+        **overrides: Fields of ``Architecture``.
+
+    Raises:
+        UserError: If the source is unknown, cannot be reached, or cannot be read whole.
+    """
+    source, where = parse_source(value), str(value)
+    if source.kind == "none":
+        raise UserError("weights 'none' stand for random initialisation: there is nothing to load.")
+    if source.kind == "torchhub":
+        state, norm_eps = read_torch_hub(source, where)
+        known = {} if norm_eps is None else {"norm_eps": norm_eps}
+        parsed = parse_state_dict(state, where, branch)
+        return checkpoint_from(parsed, where, **{**known, **overrides})
+    return read_checkpoint(fetch(value), source=where, branch=branch, **overrides)
 
 
 def read_checkpoint(
@@ -98,8 +130,8 @@ def checkpoint_from(
     architecture = infer_architecture(parsed, where, metadata, config, overrides)
     tensors = _separate(parsed.tensors)
     with torch.device("meta"):
-        expected = Backbone(architecture, mask_token="mask_token" in tensors).state_dict()
-    expected = {name.removeprefix("vit."): tuple(t.shape) for name, t in expected.items()}
+        empty = Backbone(architecture, mask_token="mask_token" in tensors)
+    expected = {name: tuple(t.shape) for name, t in tensors_of(empty).items()}
     if "rope.periods" not in tensors and parsed.naming != "meta" and not metadata:
         # timm and Hugging Face leave them out
         width = architecture.embed_dim // architecture.num_heads
@@ -113,6 +145,11 @@ def checkpoint_from(
             )
     layout, licence = _describe(parsed, metadata)
     return Checkpoint(architecture, tensors, where, layout, parsed.dropped, metadata, licence)
+
+
+def tensors_of(backbone: Backbone) -> dict[str, Tensor]:
+    """Return a backbone's tensors under their canonical names, as a ``Checkpoint`` holds them."""
+    return {name.removeprefix("vit."): t for name, t in backbone.state_dict().items()}
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +235,7 @@ def infer_architecture(
     try:
         return Architecture(**{**fields, **metadata.get("architecture", {}), **overrides})
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where} does not describe a DINOv3-family ViT: {error}") from error
+        raise UserError(f"{where} does not describe a DINOv3-family ViT: {error}.") from error
 
 
 def _describe(parsed: Parsed, metadata: dict[str, Any]) -> tuple[str, str]:
@@ -210,7 +247,7 @@ def _describe(parsed: Parsed, metadata: dict[str, Any]) -> tuple[str, str]:
     return f"{names[parsed.naming]} checkpoint", DINOV3_LICENCE
 
 
-def save_checkpoint(
+def save_backbone(
     backbone: Backbone, path: str | os.PathLike[str], *, licence: str, **metadata: Any
 ) -> None:
     """Write a backbone as one safetensors file with its metadata, whole or not at all.
@@ -221,13 +258,12 @@ def save_checkpoint(
         licence: Terms under which the weights come.
         **metadata: JSON-able facts such as ``intensity``, ``spacing_mm``, ``stage``, ``step``.
     """
-    path = Path(path)
-    tensors = {n.removeprefix("vit."): t.contiguous() for n, t in backbone.state_dict().items()}
+    tensors = {name: t.contiguous() for name, t in tensors_of(backbone).items()}
     facts = {
         "architecture": backbone.architecture.to_dict(),
         "licence": licence,
         "version": __version__,
         **metadata,
     }
-    with replacing(path) as part:
+    with replacing(Path(path), failures=(SafetensorError,)) as part:
         save_file(tensors, part, metadata={METADATA_KEY: json.dumps(facts)})

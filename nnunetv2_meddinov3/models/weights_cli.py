@@ -4,9 +4,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_meddinov3.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunetv2_meddinov3.models.weights import Checkpoint
 
 _SOURCE_HELP = "a path, timm:NAME, hf:OWNER/REPO/FILE[@REV] or torchhub:ENTRY[@REPO_DIR][=FILE]"
 
@@ -15,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``meddinov3 weights``."""
     parser = argparse.ArgumentParser(prog="meddinov3 weights", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect|convert|fetch")
-    inspect = verbs.add_parser("inspect", help="say what a file holds, and check every tensor")
+    inspect = verbs.add_parser("inspect", help="show what a file holds, and check every tensor")
     inspect.add_argument("source", help=_SOURCE_HELP)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     convert = verbs.add_parser("convert", help="write any source as one safetensors file")
@@ -48,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     {"inspect": _inspect, "convert": _convert, "fetch": _fetch}[args.verb](args)
 
 
-def _read(args: argparse.Namespace) -> Any:
-    from nnunetv2_meddinov3.models.resolve import resolve_source
+def _read(args: argparse.Namespace) -> "Checkpoint":
+    from nnunetv2_meddinov3.models.weights import resolve_source
 
     names = ("norm_eps", "rope_dtype", "num_heads")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
@@ -58,7 +61,7 @@ def _read(args: argparse.Namespace) -> Any:
 
 def _inspect(args: argparse.Namespace) -> None:
     checkpoint = _read(args)
-    facts = {
+    facts: dict[str, Any] = {
         "source": checkpoint.source,
         "format": checkpoint.layout,
         "architecture": checkpoint.architecture.to_dict(),
@@ -89,9 +92,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _check_target(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: choose another name, or pass --overwrite.")
+        raise UserError(f"{path} already exists: choose another name, or pass --overwrite.")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"the folder of {path} must exist: make it, or choose another one.")
+        raise UserError(f"the folder of {path} must exist: create it, or choose another one.")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -109,8 +112,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
+    from nnunetv2_meddinov3.files import copy_file
     from nnunetv2_meddinov3.models.resolve import fetch, parse_source
-    from nnunetv2_meddinov3.models.tensor_files import copy_whole
     from nnunetv2_meddinov3.models.weights import read_checkpoint
 
     if parse_source(args.source).kind not in ("timm", "hf"):
@@ -120,5 +123,7 @@ def _fetch(args: argparse.Namespace) -> None:
     path = fetch(args.source)
     checkpoint = read_checkpoint(path, source=args.source)  # a damaged download is found here
     if args.output:
-        path = copy_whole(path, Path(args.output).expanduser())
+        target = Path(args.output).expanduser()
+        copy_file(path, target)
+        path = target
     print(f"{checkpoint.report()}\nfile: {path}\nlicence: {checkpoint.licence}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.tensor_files import replacing
+from nnunetv2_meddinov3.files import replacing
 from nnunetv2_meddinov3.pretrain.folders import BAD_STEPS
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from nnunetv2_meddinov3 import __version__
-from nnunetv2_meddinov3.models.tensor_files import replacing
+from nnunetv2_meddinov3.files import replacing
 from nnunetv2_meddinov3.pretrain.folders import CONFIG, RUN_FACTS
 from nnunetv2_meddinov3.pretrain.runtime import Runtime
 

@@ -15,11 +15,10 @@ from torch import nn
 
 from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.settings import (
-    check_variables,
-    checkpointing_setting,
-    count_setting,
-)
+from nnunetv2_meddinov3.models.build import load_into
+from nnunetv2_meddinov3.models.segmenter import Segmenter
+from nnunetv2_meddinov3.models.weights import Checkpoint
+from nnunetv2_meddinov3.settings import check_variables, checkpointing_setting, count_setting
 
 
 class MedDINOv3Trainer(nnUNetTrainer):
@@ -53,15 +52,12 @@ class MedDINOv3Trainer(nnUNetTrainer):
         check_variables()
         checkpointing_setting()
         fine_tuning.check_configuration(plans, configuration)
-        epochs, iterations = (
-            count_setting("MEDDINOV3_EPOCHS"),
-            count_setting("MEDDINOV3_ITERATIONS"),
-        )
+        epochs, iterations = map(count_setting, ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS"))
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
             raise UserError(
-                f"the results folder (nnUNet_results) must be writable: {error}."
+                f"the results folder (nnUNet_results) must be writable, but: {error}."
             ) from error
         self.initial_lr = self.decoder_lr
         self.weight_decay = 5e-2
@@ -76,7 +72,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.
 
         Raises:
-            UserError: If the weights cannot be had or do not fit; nothing was built by then.
+            UserError: If the weights are not available or do not fit; nothing is built before.
         """
         if self.was_initialized:
             super().initialize()  # which refuses
@@ -85,14 +81,12 @@ class MedDINOv3Trainer(nnUNetTrainer):
         network = self._unwrapped_network()
         if checkpoint is not None:
             channels = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
-            fine_tuning.import_models().load_into(
-                network, checkpoint.tensors, image_channels=len(channels)
-            )
+            load_into(network, checkpoint.tensors, image_channels=len(channels))
         if network.autocast_dtype is torch.bfloat16:
             self.grad_scaler = None  # bf16 has the range of fp32
 
-    def _settle_architecture(self) -> Any:
-        """Write the network into the plans; return the pretrained checkpoint if there is one."""
+    def _settle_architecture(self) -> Checkpoint | None:
+        """Write the architecture into the plans; return the pretrained checkpoint, if any."""
         if self._resumed_architecture is not None:
             self._set_architecture(self._resumed_architecture)
             return None
@@ -143,7 +137,6 @@ class MedDINOv3Trainer(nnUNetTrainer):
                 "the plans.json beside the model must be the one its training saved, but it "
                 f"describes {configuration_manager.network_arch_class_name}."
             )
-        fine_tuning.import_models()
         return get_network_from_plans(
             configuration_manager.network_arch_class_name,
             configuration_manager.network_arch_init_kwargs,
@@ -180,9 +173,9 @@ class MedDINOv3Trainer(nnUNetTrainer):
     def plot_network_architecture(self) -> None:
         """Do nothing: nnU-Net's plot needs a library that knows no transformer."""
 
-    def _unwrapped_network(self) -> nn.Module:
+    def _unwrapped_network(self) -> Segmenter:
         """Return the network without the wrappers of DDP and torch.compile."""
-        network = getattr(self.network, "module", self.network)
+        network: Any = getattr(self.network, "module", self.network)
         return getattr(network, "_orig_mod", network)
 
 

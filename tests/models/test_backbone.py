@@ -1,5 +1,6 @@
 """The ViT: recorded features of the original, rotary embedding, sizes, drop path, checkpointing."""
 
+import inspect
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from nnunetv2_meddinov3.models.architecture import (
     Architecture,
     architecture_of,
     default_layers,
+    differences,
 )
 from nnunetv2_meddinov3.models.backbone import Backbone, rotary_embedding
 
@@ -199,8 +201,9 @@ def test_any_size_of_whole_patches_is_accepted(size):
 )
 @pytest.mark.parametrize("method", ["intermediate_features", "intermediate_tokens"])
 def test_wrong_images_are_refused_in_one_sentence(shape, method):
+    function = inspect.unwrap(getattr(Backbone, method))  # users run without the checks of shapes
     with pytest.raises(ValueError, match=r"^images must be \(B, 3, H, W\) .*multiples of 16.*$"):
-        getattr(tiny(), method)(torch.zeros(shape), [1])
+        function(tiny(), torch.zeros(shape), [1])
 
 
 @pytest.mark.parametrize("layers", [[], [2], [-1], [1, 0], [0, 0], [0, 5]])
@@ -377,6 +380,18 @@ def test_an_unknown_size_or_field_is_refused():
 def test_impossible_architectures_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Architecture(**{"embed_dim": 32, "depth": 2, "num_heads": 2, **fields})
+
+
+def test_differences_give_both_values_of_every_field_or_of_chosen_ones():
+    small, base = architecture_of("vit_small", norm_eps=1e-6), SIZES["vit_base"]
+    assert differences(base, base) == {}
+    assert differences(small, base) == {
+        "embed_dim": (384, 768),
+        "num_heads": (6, 12),
+        "ffn_hidden": (1536, 3072),
+        "norm_eps": (1e-6, 1e-5),
+    }
+    assert differences(small, base, ("depth", "norm_eps")) == {"norm_eps": (1e-6, 1e-5)}
 
 
 def test_fresh_weights_are_drawn_as_in_the_original():

@@ -22,8 +22,8 @@ from nnunetv2_meddinov3.models.resolve import (
     describe_weights_source,
     fetch,
     parse_source,
-    resolve_source,
 )
+from nnunetv2_meddinov3.models.weights import resolve_source
 
 TIMM_NAME = "vit_small_patch16_dinov3.lvd1689m"
 
@@ -178,6 +178,24 @@ def test_what_the_hub_says_becomes_one_sentence(error, expected, mistake, monkey
     message = mistake(load_backbone, "hf:owner/repo/model.pth")
     assert expected in message
     assert "MEDDINOV3_WEIGHTS" in message
+
+
+def test_the_hubs_log_is_silent_only_while_it_downloads(monkeypatch, mistake):
+    """Its level is one for the whole process; it was left at ``error``."""
+    logging, seen = huggingface_hub.utils.logging, []
+
+    def fail(*args, **kwargs):
+        seen.append(logging.get_verbosity())
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        mistake(fetch, "hf:owner/repo/model.pth")
+        assert (seen, logging.get_verbosity()) == ([logging.ERROR], logging.WARNING)
+    finally:
+        logging.set_verbosity(before)
 
 
 def _in_a_process(program, *arguments, **variables):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from nnunetv2.experiment_planning import plan_and_preprocess_api as api
@@ -10,8 +11,8 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
     ExperimentPlanner,
 )
 
-from nnunetv2_meddinov3 import planning_cli
 from nnunetv2_meddinov3.cli import main as meddinov3
+from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.planning import MedDINOv3Planner
 
 OURS, STOCK = "nnUNetMedDINOv3Plans", "nnUNetPlans"
@@ -22,13 +23,12 @@ def plan(number):
 
 
 def fail(argv, capsys):
-    """Run the command line as its console script does; return its exit code and last words."""
+    """Run the command line on a mistake; return the sentence that the process would end with."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as caught:
         meddinov3(argv)
-    # What the interpreter does with a SystemExit that nobody catches.
-    assert isinstance(stop.value.code, str)
-    return stop.value.code
+    assert capsys.readouterr().out == ""
+    return str(caught.value)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_command_adds_the_configuration_and_nothing_else(planned, capsys):
     assert json.dumps(plans, indent=4) == before  # byte for byte, order included
     assert added["data_identifier"] == "nnUNetPlans_2d_128"
     assert path.stat().st_mode & 0o777 == 0o640
-    assert not list(planned.glob("*.tmp"))
+    assert {file.suffix for file in planned.iterdir()} == {".json"}
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_different_configuration_is_replaced_only_when_told(planned, capsys):
     path.write_text(json.dumps(plans))
     edited = path.read_bytes()
     sentence = fail(["plan", "-d", "901", "--size", "128"], capsys)
-    assert "has a 2d_128 already, with another batch_size" in sentence
+    assert "already has a 2d_128 with a different batch_size" in sentence
     assert path.read_bytes() == edited
     assert meddinov3(["plan", "-d", "901", "--size", "128", "--overwrite"]) == 0
     assert json.loads(path.read_text())["configurations"]["2d_128"]["batch_size"] != 5
@@ -103,8 +103,8 @@ def test_user_mistakes_get_one_sentence_and_change_nothing(planned, folder, monk
         "--size must be a multiple of 16 from 64 to 4096 ": ["-d", "901", "--size", ""],
         "-gpu_memory_target must be a positive": ["-d", "901", "-gpu_memory_target", "much"],
         "-gpu_memory_target must be a positive number": ["-d", "901", "-gpu_memory_target", "-3"],
-        "'77' fits 0": ["-d", "77"],
-        "'77' fits 0 of those": ["-d", "901", "77"],
+        "'77' matches 0": ["-d", "77"],
+        "'77' matches 0 of those": ["-d", "901", "77"],
         "has no plans named nnUNetMedDINOv3Plans or nnUNetPlans (there: none)": ["-d", "902"],
         "has no plans named foo (there: CutPlans, No2dPlans, WrongPlans, nnUNetPlans)": [
             *("-d", "901", "-p", "foo"),
@@ -122,7 +122,7 @@ def test_user_mistakes_get_one_sentence_and_change_nothing(planned, folder, monk
         assert expected.strip() in sentence
         assert "\n" not in sentence
     (folder / "Dataset901_Twin").mkdir()
-    assert "'901' fits 2 of those there (Dataset901_Square, Dataset901_Twin)" in fail(
+    assert "'901' matches 2 of those there (Dataset901_Square, Dataset901_Twin)" in fail(
         ["plan", "-d", "901"], capsys
     )
     monkeypatch.setenv("MEDDINOV3_BACKBONE", "resnet")
@@ -131,7 +131,7 @@ def test_user_mistakes_get_one_sentence_and_change_nothing(planned, folder, monk
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, "is not set"), ("/nowhere/at/all", "no folder")]
+    ("value", "expected"), [(None, "is not set"), ("/nowhere/at/all", "not a folder")]
 )
 def test_the_command_needs_nnunets_folder(value, expected, folder, monkeypatch, capsys):
     if value is None:
@@ -146,7 +146,7 @@ def test_the_command_needs_nnunets_folder(value, expected, folder, monkeypatch, 
 @pytest.mark.slow
 def test_a_dataset_without_its_description_is_refused(planned, capsys):
     (planned / "dataset.json").write_text("{}")
-    assert "must say numTraining" in fail(["plan", "-d", "901", "--size", "128"], capsys)
+    assert "must hold numTraining" in fail(["plan", "-d", "901", "--size", "128"], capsys)
     (planned / "dataset.json").unlink()
     assert "dataset.json must be a JSON file" in fail(["plan", "-d", "901"], capsys)
 
@@ -156,16 +156,16 @@ def test_a_dataset_without_its_description_is_refused(planned, capsys):
 def test_plans_that_cannot_be_written_stay_whole(step, planned, monkeypatch, capsys):
     path = planned / f"{STOCK}.json"
     before = path.read_bytes()
-    real = getattr(planning_cli.Path, step)
+    real = getattr(Path, step)
 
     def refuse(self, *arguments, **options):
-        if self.suffix == ".tmp":
+        if self.suffix == ".part":
             raise OSError(30, "Read-only file system")
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(planning_cli.Path, step, refuse)
+    monkeypatch.setattr(Path, step, refuse)
     sentence = fail(["plan", "-d", "901", "--size", "128"], capsys)
-    assert "cannot be replaced (Read-only file system) and is unchanged" in sentence
+    assert f"{path} must be writable, but: Read-only file system" in sentence
     assert path.read_bytes() == before
     assert sorted(file.suffix for file in planned.iterdir()) == [".json"] * 3
 

@@ -110,7 +110,7 @@ MISTAKES = {
     ),
     "an unknown variable": (
         {"MEDDINOV3_WEIGTHS": "x.pth"},
-        r"MEDDINOV3_WEIGTHS is not one .*did you mean MEDDINOV3_WEIGHTS",
+        r"MEDDINOV3_WEIGTHS is unknown: did you mean MEDDINOV3_WEIGHTS",
     ),
     "a count that is none": (
         {"MEDDINOV3_EPOCHS": "0.5"},
