@@ -17,8 +17,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
-from nnunetv2_meddinov3.models.resolve import resolve_source
-from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint
+from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint, resolve_source
 from nnunetv2_meddinov3.pretrain.config import Intensity
 from nnunetv2_meddinov3.pretrain.folders import CHECKPOINTS, EXPORT
 from nnunetv2_meddinov3.pretrain.origins import state_of
