@@ -1,12 +1,16 @@
 """Backbone architectures as plain data: what tensors show, and what they cannot say."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 ROPE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Two ViTs that agree in these are of one size.
+SIZE_FIELDS = ("embed_dim", "depth", "num_heads", "ffn", "ffn_hidden")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,21 @@ def override(architecture: Architecture, **overrides: Any) -> Architecture:
             f"an architecture has the fields {', '.join(asdict(architecture))}, got {unknown[0]!r}"
         )
     return replace(architecture, **overrides)
+
+
+def differences(
+    ours: Architecture, theirs: Architecture, names: Iterable[str] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two architectures differ: name -> (our value, their value).
+
+    Args:
+        ours: One of them.
+        theirs: The other.
+        names: The fields to compare, such as ``SIZE_FIELDS``; all of them by default.
+    """
+    names = [f.name for f in fields(ours)] if names is None else names
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def default_layers(depth: int) -> list[int]:

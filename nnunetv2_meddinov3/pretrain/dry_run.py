@@ -13,8 +13,9 @@ import torch
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain import costs
 from nnunetv2_meddinov3.pretrain.config import StageConfig, check_world, effective_lr_factor
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started, world_size
+from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
 from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.signals import Stop
 
 _GROUP_ON_CPU = 2  # images: the fewest that losses can be computed of
 

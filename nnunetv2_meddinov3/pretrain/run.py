@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, EXPORT, INTERRUPTED
 from nnunetv2_meddinov3.pretrain.config import (
     StageConfig,
     available,
@@ -17,11 +18,11 @@ from nnunetv2_meddinov3.pretrain.config import (
     load_config,
     to_yaml,
 )
-from nnunetv2_meddinov3.pretrain.folders import CONFIG, EXPORT, INTERRUPTED
+from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
 from nnunetv2_meddinov3.pretrain.loader import open_store
-from nnunetv2_meddinov3.pretrain.provenance import write_run_facts
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started, world_size
+from nnunetv2_meddinov3.pretrain.provenance import write_provenance
 from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.signals import Stop
 
 _PREFIXES = ("stage1.", "stage2.", "stage3.")
 
@@ -127,7 +128,7 @@ def run(plan: Plan, stream: TextIO) -> int:
                 continue
             stage = Stage(config, folder, runtime, previous=plan.previous(config), stream=stream)
             if runtime.is_main:
-                write_run_facts(folder, to_yaml(config), runtime)
+                write_provenance(folder, to_yaml(config), runtime)
             if not stage.run(stop):
                 if runtime.is_main:
                     marker.touch()

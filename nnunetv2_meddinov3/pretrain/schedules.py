@@ -1,10 +1,40 @@
 """Values over the steps of a stage: linear, then cosine, then constant (DINOv3's code)."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from nnunetv2_meddinov3.pretrain.config import Schedule
+from nnunetv2_meddinov3.pretrain.config import Schedule, StageConfig, effective_lr_factor
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The value of every schedule at each step of a stage, (steps,) float64 each."""
+
+    lr: np.ndarray
+    last_layer_lr: np.ndarray
+    weight_decay: np.ndarray
+    momentum: np.ndarray
+    teacher_temp: np.ndarray
+    local_weight: np.ndarray
+    gram_weight: np.ndarray
+
+
+def schedules_of(config: StageConfig) -> Schedules:
+    """Return all schedules of a config, learning rates scaled to the batch."""
+    optim, losses, total = config.optim, config.losses, config.optim.steps
+    lr = values(optim.lr, total) * effective_lr_factor(config)
+    gram = losses.gram.weight
+    return Schedules(
+        lr=lr,
+        last_layer_lr=np.where(np.arange(total) < optim.freeze_last_layer_steps, 0.0, lr),
+        weight_decay=values(optim.weight_decay, total),
+        momentum=values(optim.momentum, total),
+        teacher_temp=values(losses.teacher_temp, total),
+        local_weight=values(losses.local_weight, total),
+        gram_weight=np.zeros(total) if gram is None else values(gram, total),
+    )
 
 
 def value_at(schedule: Schedule, step: int, total: int) -> float:

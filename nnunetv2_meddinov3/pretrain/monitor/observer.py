@@ -14,14 +14,13 @@ from torch import Tensor
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
-from nnunetv2_meddinov3.pretrain.folders import HEALTH
+from nnunetv2_meddinov3.pretrain.checkpoints import HEALTH
 from nnunetv2_meddinov3.pretrain.monitor.health import figures, verdicts
 from nnunetv2_meddinov3.pretrain.monitor.logger import MetricsLog, read_rows
 from nnunetv2_meddinov3.pretrain.monitor.report import write_report
 from nnunetv2_meddinov3.pretrain.monitor.step_progress import StepProgress
 from nnunetv2_meddinov3.pretrain.monitor.tracker import Following
-from nnunetv2_meddinov3.pretrain.rates import Rates
-from nnunetv2_meddinov3.pretrain.runtime import Runtime
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 
 _MOMENTS = 5  # for which maps are kept where no interval is given
 
@@ -98,11 +97,12 @@ class Observer:
     def stepped(
         self,
         step: int,
-        rates: Rates,
+        rates: dict[str, float],
         losses: dict[str, Tensor],
         norms: dict[str, Tensor],
         *,
         skipped: bool,
+        observed: dict[str, Tensor],
     ) -> None:
         """Take the numbers of a step.
 
@@ -112,6 +112,7 @@ class Observer:
             losses: Means over this rank's micro-batches, on the device.
             norms: Of the gradients before clipping.
             skipped: Whether the step was left out for numbers that are not finite.
+            observed: Tensors of both networks for the figures of health.
         """
         self._steps += 1
         done, engine = step + 1, self.config.engine
@@ -127,7 +128,7 @@ class Observer:
         if logs:
             self._log(done, row, rates, norms, skipped)
         if checks:
-            self._check(done, row["total"])
+            self._check(done, row["total"], observed)
 
     def after_step(self, done: int) -> None:
         """Keep maps, probe and report where their interval says so."""
@@ -146,7 +147,7 @@ class Observer:
         self,
         done: int,
         row: dict[str, float],
-        rates: Rates,
+        rates: dict[str, float],
         norms: dict[str, Tensor],
         skipped: bool,
     ) -> None:
@@ -158,7 +159,7 @@ class Observer:
                 {
                     "step": done,
                     **{f"loss_{name}": value for name, value in row.items()},
-                    **rates._asdict(),
+                    **rates,
                     **gradients,
                     "skipped": int(skipped),
                     "images_per_second": speed,
@@ -169,14 +170,14 @@ class Observer:
         self._progress.update(done, row["total"], speed)
         self._waited, self._since, self._steps = 0.0, time.monotonic(), 0
 
-    def _check(self, done: int, loss: float) -> None:
+    def _check(self, done: int, loss: float, observed: dict[str, Tensor]) -> None:
         """Work out the figures of health and say what is wrong."""
         update = self._change_of_weights()
         tokens = self.following.tokens(self.runtime.device)
         if not self.runtime.is_main:
             return
         row = {"step": done, "loss": loss, "update": update}
-        row |= {**figures(self.distillation.seen), "gram_drift": self.following.drift(tokens)}
+        row |= {**figures(observed), "gram_drift": self.following.drift(tokens)}
         self._history.append(row)
         row["verdicts"] = verdicts(self._history)
         _append_row(self.folder / HEALTH, row)

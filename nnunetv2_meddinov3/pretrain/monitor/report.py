@@ -12,11 +12,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nnunetv2_meddinov3.pretrain.folders import CONFIG, HEALTH, PROBE, REPORT, RUN_FACTS
+from nnunetv2_meddinov3.files import write_text
+from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 from nnunetv2_meddinov3.pretrain.monitor.features import load_maps
 from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS, read_rows
 from nnunetv2_meddinov3.pretrain.monitor.run_figures import curves, maps
-from nnunetv2_meddinov3.pretrain.provenance import write_text
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -95,7 +95,7 @@ def write_report(folder: Path) -> Path:
     """
     metrics, health = read_rows(folder / METRICS), read_rows(folder / HEALTH)
     probes, moments = read_rows(folder / PROBE), load_maps(folder)
-    facts = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
+    facts = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     title = f"{folder.resolve().parent.name}, {folder.name}"
     page = _PAGE.substitute(
         title=html.escape(title),

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.config import StageConfig
-from nnunetv2_meddinov3.pretrain.export import teacher_of
-from nnunetv2_meddinov3.pretrain.folders import PROBE
+from nnunetv2_meddinov3.pretrain.checkpoints import PROBE
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.monitor.logger import read_rows
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
-from nnunetv2_meddinov3.pretrain.runtime import Runtime
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 
 
 class Prober:
@@ -31,8 +28,7 @@ class Prober:
         config: ``engine.probe_dataset`` and the contract.
         folder: Of the stage.
         runtime: This process; the main one probes while the others wait.
-        whole_model: Gathers the networks; every rank calls it.
-        architecture: Of the backbone.
+        teacher: Gathers the teacher's backbone, which the main process gets; every rank calls it.
         step: Steps done before; later rows are dropped.
 
     Raises:
@@ -44,12 +40,11 @@ class Prober:
         config: StageConfig,
         folder: Path,
         runtime: Runtime,
-        whole_model: Callable[[], dict[str, Tensor]],
-        architecture: Architecture,
+        teacher: Callable[[], Backbone | None],
         step: int,
     ) -> None:
-        self.path, self.runtime, self.architecture = folder / PROBE, runtime, architecture
-        self._whole_model, self._intensity = whole_model, intensity_of(config)
+        self.path, self.runtime = folder / PROBE, runtime
+        self._teacher, self._intensity = teacher, intensity_of(config)
         if runtime.is_main:
             self._data = ProbeData.from_nnunet(config.engine.probe_dataset)
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +61,8 @@ class Prober:
         Returns:
             A sentence if it is worse than the start, on the main process.
         """
-        model = self._whole_model()
-        sentence = None
-        if self.runtime.is_main:
-            sentence = self._probe(teacher_of(model, self.architecture), step, weights)
+        backbone = self._teacher()
+        sentence = None if backbone is None else self._probe(backbone, step, weights)
         self.runtime.barrier()
         return sentence
 

@@ -10,8 +10,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from, resolve_source
 from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint
-from nnunetv2_meddinov3.pretrain.folders import CHECKPOINTS, EXPORT
-from nnunetv2_meddinov3.pretrain.origins import state_of
+from nnunetv2_meddinov3.pretrain.checkpoints import CHECKPOINTS, EXPORT, state_of
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import KINDS, ProbeResult, run_probe
 

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    from nnunetv2_meddinov3.pretrain.provenance import write_text
+    from nnunetv2_meddinov3.files import write_text
 
     write_text(path, json.dumps(content, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ class ViewBatch:
         gram_crops: (G * B, C, H', W'), the global crops at another size without photometric
             changes, or None.
         images: B.
-        masked: (M,) numbers of the masked patches in the flattened masks, ascending. Worked out on
+        mask_indices: (M,) numbers of the masked patches in the flattened masks, ascending. Worked out on
             the CPU, they spare the wait that ``masks.nonzero()`` is on a GPU.
     """
 
@@ -29,7 +29,7 @@ class ViewBatch:
     masks: Tensor
     gram_crops: Tensor | None = None
     images: int = 0
-    masked: Tensor | None = None
+    mask_indices: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -40,17 +40,17 @@ class ViewBatch:
                 raise ValueError(
                     f"{name} must hold whole crops of {self.images} images, got {len(value)}"
                 )
-        if self.masked is None:
-            self.masked = self.masks.flatten().nonzero()[:, 0]
+        if self.mask_indices is None:
+            self.mask_indices = self.masks.flatten().nonzero()[:, 0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
         """Return the batch on a device."""
         move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
-        return ViewBatch(*map(move, self._tensors()), self.images, move(self.masked))
+        return ViewBatch(*map(move, self._tensors()), self.images, move(self.mask_indices))
 
     def pin_memory(self) -> ViewBatch:
         """Return the batch in memory that a GPU reads without waiting."""
-        pinned = [None if t is None else t.pin_memory() for t in (*self._tensors(), self.masked)]
+        pinned = [None if t is None else t.pin_memory() for t in (*self._tensors(), self.mask_indices)]
         return ViewBatch(*pinned[:-1], self.images, pinned[-1])
 
     def split(self, images: int) -> list[ViewBatch]:

@@ -16,8 +16,9 @@ from nnunetv2_meddinov3.pretrain.monitor.health import (
     verdicts,
 )
 from nnunetv2_meddinov3.pretrain.monitor.logger import read_rows
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.signals import Stop
 
 
 def test_the_effective_rank_counts_the_directions_in_use():
