@@ -35,7 +35,6 @@ class LossOptions:
     student_temp: float = 0.1
     gram: bool = False
     gram_from_teacher: bool = False
-    remove_negatives: bool = False
 
 
 class Targets(NamedTuple):
@@ -80,7 +79,7 @@ class Distillation(nn.Module):
         self.dino_loss = DINOLoss(options.student_temp)
         self.ibot_loss = IBOTLoss(options.student_temp)
         self.koleo_loss = KoLeoLoss(options.koleo_group)
-        self.gram_loss = GramLoss(options.remove_negatives)
+        self.gram_loss = GramLoss()
         self.train()
 
     def train(self, mode: bool = True) -> Distillation:
@@ -169,6 +168,7 @@ class Distillation(nn.Module):
         def by_crop(logits: Tensor) -> Tensor:
             return logits.unflatten(0, (-1, batch.images))
 
+        assert out.dino_local is not None  # every batch has local crops
         ignore_diagonal = self.options.ignore_diagonal
         koleo = [self.koleo_loss(cls) for cls in out.cls_global.chunk(len(targets.cls))]
         losses = {

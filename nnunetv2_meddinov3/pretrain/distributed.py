@@ -15,7 +15,7 @@ import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_meddinov3.errors import UserError
@@ -189,7 +189,7 @@ class Parallel:
     @contextlib.contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
         """Exchange gradients with the other ranks at the last micro-batch of a step alone."""
-        if self.is_sharded:
+        if isinstance(self.student, FSDPModule):
             self.student.set_requires_gradient_sync(is_last)
             yield
         elif isinstance(self.student, DistributedDataParallel) and not is_last:

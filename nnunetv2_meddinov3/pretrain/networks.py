@@ -38,7 +38,6 @@ from nnunetv2_meddinov3.pretrain.student import StochasticOptions, Student
 
 OWN_LICENCE = "that of whoever trained them: the run started from random weights"
 _NO_WEIGHTS = "none"
-_HEADS = ("dino_head", "ibot_head")
 _STEM = "patch_embed.proj.weight"
 
 State = dict[str, Any]  # what ``checkpoints.read_state`` returns
@@ -136,7 +135,6 @@ def _loss_options(config: StageConfig) -> LossOptions:
         student_temp=losses.student_temp,
         gram=losses.gram.weight is not None,
         gram_from_teacher=losses.gram.teacher == "ema",
-        remove_negatives=losses.gram.remove_negatives,
     )
 
 
@@ -246,8 +244,8 @@ def student_of(tensors: dict[str, Tensor], branch: str, where: str, **overrides:
         UserError: If anything is missing, or does not fit.
     """
     backbone = _with_mask_token(backbone_from(_backbone_of(tensors, branch, where, **overrides)))
-    heads = []
-    for name in _HEADS:
+
+    def head(name: str) -> ProjectionHead:
         mark = f"{branch}.{name}."
         own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
         if not own:
@@ -255,8 +253,9 @@ def student_of(tensors: dict[str, Tensor], branch: str, where: str, **overrides:
                 f"{where} must hold the heads of its {branch}, but {name} is missing: give it as "
                 "weights without heads (init.source), or take a training checkpoint."
             )
-        heads.append(head_of(own, f"{mark[:-1]} in {where}"))
-    return Student(backbone, *heads)
+        return head_of(own, f"{mark[:-1]} in {where}")
+
+    return Student(backbone, head("dino_head"), head("ibot_head"))
 
 
 def head_of(tensors: dict[str, Tensor], where: str) -> ProjectionHead:
@@ -307,8 +306,8 @@ def _with_mask_token(backbone: Backbone) -> Backbone:
 
 
 def _with_fresh_heads(backbone: Backbone, config: StageConfig) -> Student:
-    heads = [_fresh_head(backbone.embed_dim, h) for h in (config.heads.dino, config.heads.ibot)]
-    return Student(backbone, *heads)
+    width, heads = backbone.embed_dim, config.heads
+    return Student(backbone, _fresh_head(width, heads.dino), _fresh_head(width, heads.ibot))
 
 
 def _fresh_head(width: int, head: Head) -> ProjectionHead:

@@ -118,10 +118,11 @@ def parameter_groups(student: Student, config: Optim) -> list[dict[str, Any]]:
 
 def build_optimizer(student: Student, config: Optim, device: torch.device) -> torch.optim.AdamW:
     """Return AdamW over the student; rates are set before every step."""
+    first, second = config.betas
     return torch.optim.AdamW(
         parameter_groups(student, config),
         lr=0.0,
-        betas=tuple(config.betas),
+        betas=(first, second),
         fused=device.type == "cuda",
         foreach=device.type != "cuda",
     )

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nnunetv2_meddinov3.models.architecture import ROPE_DTYPES
-from nnunetv2_meddinov3.models.backbone import Backbone, Tokens, rotary_embedding
+from nnunetv2_meddinov3.models.backbone import ROPE_DTYPES, Backbone, Tokens, rotary_embedding
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 
 
@@ -232,7 +231,7 @@ def _block_inputs(
     kept = max(int(images * (1 - rate)), 1)
     if kept == images:
         return BlockInputs(embedding)
-    device = backbone.vit.rope.periods.device
+    device = _periods(backbone).device
     subsets = [
         torch.randperm(images, generator=generator)[:kept].to(device, non_blocking=True)
         for _ in range(2)
@@ -242,7 +241,11 @@ def _block_inputs(
 
 def _embedding(backbone: Backbone, grid: tuple[int, int]) -> Tensor:
     dtype = ROPE_DTYPES[backbone.architecture.rope_dtype]
-    return rotary_embedding(backbone.vit.rope.periods, grid, dtype)
+    return rotary_embedding(_periods(backbone), grid, dtype)
+
+
+def _periods(backbone: Backbone) -> Tensor:
+    return backbone.vit.rope.get_buffer("periods")
 
 
 def augmented_embedding(
@@ -264,14 +267,14 @@ def augmented_embedding(
     if stochastic.rope_rescale:
         factor = factor * uniform(math.log(stochastic.rope_rescale), 1).exp()
     # (c + shift) * factor in every axis
-    device = backbone.vit.rope.periods.device
+    periods = _periods(backbone)
     dtype = ROPE_DTYPES[backbone.architecture.rope_dtype]
     return rotary_embedding(
-        backbone.vit.rope.periods,
+        periods,
         grid,
         dtype,
-        shift=shift.to(device, dtype, non_blocking=True),
-        factor=factor.to(device, dtype, non_blocking=True),
+        shift=shift.to(periods.device, dtype, non_blocking=True),
+        factor=factor.to(periods.device, dtype, non_blocking=True),
     )
 
 
@@ -317,7 +320,9 @@ class PackedBlock(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return the attention branch of every group's tokens, each (b * N, D)."""
         attn = self.attn
-        bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        bias = None
+        if attn.q_bias is not None:  # timm registers the keys' constant zero as a buffer
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))  # type: ignore[arg-type]
         counts = [part.shape[:2].numel() for part in parts]
         out = []
         qkv = F.linear(self.norm1(tokens), attn.qkv.weight, bias).split(counts)
@@ -335,7 +340,7 @@ def pack_blocks(backbone: Backbone) -> Backbone:
     """Put packed blocks in the place of a backbone's own, around the same parameters."""
     blocks = backbone.vit.blocks
     for i, block in enumerate(blocks):
-        if not isinstance(block, PackedBlock):
+        if isinstance(block, EvaBlock):
             blocks[i] = PackedBlock(block)
     return backbone
 

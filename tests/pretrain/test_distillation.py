@@ -13,7 +13,7 @@ from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions, 
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.networks import student_of
 from nnunetv2_meddinov3.pretrain.optim import clip_gradients, meta_name
-from nnunetv2_meddinov3.pretrain.student import Student, StochasticOptions
+from nnunetv2_meddinov3.pretrain.student import StochasticOptions, Student
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -52,9 +52,7 @@ def golden_step(case):
     batch = ViewBatch(
         step["global_crops"], step["local_crops"], step["masks"], step.get("gram_crops")
     )
-    losses = losses_of(
-        distillation, batch, facts["teacher_temp"], gram_weight=weights["gram"]
-    )
+    losses = losses_of(distillation, batch, facts["teacher_temp"], gram_weight=weights["gram"])
     return losses, distillation, step
 
 

@@ -14,8 +14,8 @@ import torch
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.checkpoints import CheckpointFolder, read_state
 from nnunetv2_meddinov3.pretrain.config import flatten, load_config
-from nnunetv2_meddinov3.pretrain.monitor.logger import TIMINGS, read_rows
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
+from nnunetv2_meddinov3.pretrain.monitor.logger import TIMINGS, read_rows
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 

@@ -155,7 +155,8 @@ def test_the_mean_over_draws_of_one_branch_is_the_branch():
         whole = encode(vit, [images])[0].cls
         generator = torch.Generator().manual_seed(0)
         draws = [
-            encode(vit, [images], None, StochasticOptions(drop_path=0.5), generator)[0].cls for _ in range(400)
+            encode(vit, [images], None, StochasticOptions(drop_path=0.5), generator)[0].cls
+            for _ in range(400)
         ]
     torch.testing.assert_close(torch.stack(draws).mean(0), whole, rtol=0, atol=0.02)
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.pretrain.checkpoints import HEALTH
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
-from nnunetv2_meddinov3.pretrain.checkpoints import HEALTH
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.monitor.health import figures, verdicts
 from nnunetv2_meddinov3.pretrain.monitor.logger import MetricsLog, read_rows
 from nnunetv2_meddinov3.pretrain.monitor.report import write_report
 from nnunetv2_meddinov3.pretrain.monitor.step_progress import StepProgress
 from nnunetv2_meddinov3.pretrain.monitor.tracker import Following
-from nnunetv2_meddinov3.pretrain.distributed import Runtime
 
 _MOMENTS = 5  # for which maps are kept where no interval is given
 

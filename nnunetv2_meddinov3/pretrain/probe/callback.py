@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.checkpoints import PROBE
+from nnunetv2_meddinov3.pretrain.config import StageConfig
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.monitor.logger import read_rows
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
-from nnunetv2_meddinov3.pretrain.distributed import Runtime
 
 
 class Prober:

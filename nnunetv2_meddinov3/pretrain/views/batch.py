@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -14,22 +15,21 @@ class ViewBatch:
     """The views of B images. Crops are crop-major: first crop 0 of every image, then crop 1.
 
     Attributes:
-        global_crops: (G * B, C, H, W), normalised; C is 1, or the backbone's channels.
-        local_crops: (L * B, C, h, w), normalised.
-        masks: (G * B, P) bool over the patches of the global crops, True = masked out.
-        gram_crops: (G * B, C, H', W'), the global crops at another size without photometric
-            changes, or None.
+        global_crops: G * B of them, normalised; one channel, or the backbone's.
+        local_crops: L * B of them, normalised.
+        masks: Over the patches of the global crops, True = masked out.
+        gram_crops: The global crops at another size without photometric changes, or None.
         images: B.
-        mask_indices: (M,) numbers of the masked patches in the flattened masks, ascending. Worked out on
-            the CPU, they spare the wait that ``masks.nonzero()`` is on a GPU.
+        mask_indices: Of the masked patches in the flattened masks, ascending. Worked out on the
+            CPU, they spare the wait that ``masks.nonzero()`` is on a GPU.
     """
 
-    global_crops: Tensor
-    local_crops: Tensor
-    masks: Tensor
-    gram_crops: Tensor | None = None
+    global_crops: Float[Tensor, "global channel height width"]
+    local_crops: Float[Tensor, "local channel local_height local_width"]
+    masks: Bool[Tensor, "global patch"]
+    gram_crops: Float[Tensor, "global channel gram_height gram_width"] | None = None
     images: int = 0
-    mask_indices: Tensor | None = None
+    mask_indices: Int[Tensor, " masked"] = None  # type: ignore[assignment]  # None: found here
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -45,13 +45,22 @@ class ViewBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
         """Return the batch on a device."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
-        return ViewBatch(*map(move, self._tensors()), self.images, move(self.mask_indices))
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ViewBatch:
         """Return the batch in memory that a GPU reads without waiting."""
-        pinned = [None if t is None else t.pin_memory() for t in (*self._tensors(), self.mask_indices)]
-        return ViewBatch(*pinned[:-1], self.images, pinned[-1])
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> ViewBatch:
+        """Return the batch with a function applied to every tensor."""
+        return ViewBatch(
+            function(self.global_crops),
+            function(self.local_crops),
+            function(self.masks),
+            None if self.gram_crops is None else function(self.gram_crops),
+            self.images,
+            function(self.mask_indices),
+        )
 
     def split(self, images: int) -> list[ViewBatch]:
         """Cut into micro-batches of ``images`` images, in their order.
@@ -63,31 +72,34 @@ class ViewBatch:
             raise ValueError(f"{images} images do not divide a batch of {self.images}")
         if images == self.images:
             return [self]
-        parts = [_split(t, self.images, images) for t in self._tensors()]
-        return [ViewBatch(*tensors, images) for tensors in zip(*parts, strict=True)]
+        parts = [_split(t, self.images, images) for t in self._crops()]
+        return [_batch(each, images) for each in zip(*parts, strict=True)]
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.global_crops, self.local_crops, self.masks, self.gram_crops
+    def _crops(self) -> list[Tensor]:
+        """Return what is crop-major, the Gram crops last where there are any."""
+        crops = [self.global_crops, self.local_crops, self.masks]
+        return crops if self.gram_crops is None else [*crops, self.gram_crops]
 
 
 def join(batches: Sequence[ViewBatch]) -> ViewBatch:
     """Put the images of several batches of equal sizes into one, crop-major again."""
     if len(batches) == 1:
         return batches[0]
-    columns = zip(*(b._tensors() for b in batches), strict=True)
     counts = [b.images for b in batches]
-    return ViewBatch(*(_join(list(column), counts) for column in columns), sum(counts))
+    columns = zip(*(b._crops() for b in batches), strict=True)
+    return _batch([_join(column, counts) for column in columns], sum(counts))
 
 
-def _split(crops: Tensor | None, images: int, part: int) -> list[Tensor | None]:
-    if crops is None:
-        return [None] * (images // part)
+def _batch(crops: Sequence[Tensor], images: int) -> ViewBatch:
+    global_crops, local_crops, masks, *gram = crops
+    return ViewBatch(global_crops, local_crops, masks, gram[0] if gram else None, images)
+
+
+def _split(crops: Tensor, images: int, part: int) -> list[Tensor]:
     by_crop = crops.unflatten(0, (-1, images))
     return [each.flatten(0, 1) for each in by_crop.split(part, dim=1)]
 
 
-def _join(crops: list[Tensor | None], images: list[int]) -> Tensor | None:
-    if crops[0] is None:
-        return None
+def _join(crops: Sequence[Tensor], images: list[int]) -> Tensor:
     by_crop = [c.unflatten(0, (-1, n)) for c, n in zip(crops, images, strict=True)]
     return torch.cat(by_crop, dim=1).flatten(0, 1)
