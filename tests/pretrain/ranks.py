@@ -13,6 +13,7 @@ from nnunetv2_meddinov3.pretrain.checkpoints import whole_model
 from nnunetv2_meddinov3.pretrain.config import Engine, Optim
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions
 from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
+from nnunetv2_meddinov3.pretrain.export import whole_backbone
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
 from nnunetv2_meddinov3.pretrain.student import Student
@@ -81,6 +82,8 @@ def run(way, micro_batches, out):
     distillation.update_teacher(0.9)
     losses = runtime.reduce(torch.stack(list(means.values()))) / world
     state = whole_model(distillation)
+    exported = whole_backbone(distillation.teacher, runtime)
+    assert (exported is not None) == runtime.is_main
     if rank == 0:
         torch.save(
             {
@@ -88,6 +91,7 @@ def run(way, micro_batches, out):
                 "gradients": gradients,
                 "norms": norms,
                 "state": state,
+                "exported": exported.state_dict(),
             },
             out,
         )

@@ -226,6 +226,32 @@ def test_the_export_is_what_the_trainers_load_with_all_that_must_be_known(finish
     torch.testing.assert_close(a, b)
 
 
+def test_an_export_gathers_the_teachers_backbone_alone(small_stage, tmp_path, monkeypatch):
+    from nnunetv2_meddinov3.pretrain import checkpoints
+    from nnunetv2_meddinov3.pretrain.distributed import Runtime
+    from nnunetv2_meddinov3.pretrain.train import Stage
+
+    config = load_config("tiny_stage1", small_stage())
+    runtime = Runtime(0, 1, torch.device("cpu"), "fp32", False)
+    stage = Stage(config, tmp_path, runtime, previous=None, stream=None)
+    gathered = []
+
+    def note(tensor):
+        gathered.append(tensor)
+        return tensor
+
+    def never(*arguments, **options):
+        raise AssertionError("everything is gathered")
+
+    monkeypatch.setattr(checkpoints, "get_model_state_dict", never)
+    monkeypatch.setattr(torch.Tensor, "full_tensor", note, raising=False)
+    stage.export(tmp_path / "teacher.safetensors")
+    teacher = stage.distillation.teacher.backbone.state_dict()
+    assert len(gathered) == len(teacher)
+    exported = load_backbone(tmp_path / "teacher.safetensors").state_dict()
+    assert all(torch.equal(exported[k], t) for k, t in teacher.items())
+
+
 def test_the_folder_of_a_checkpoint_and_its_file_mean_the_same(finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoints/step_0000003", tmp_path / "copy")
     for source in (tmp_path / "copy", tmp_path / "copy/state.pt"):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from pretrain_recorded import fill, sine
+from timm.models.eva import EvaBlock
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
@@ -95,6 +96,23 @@ def test_the_packed_forward_gives_what_the_backbone_of_fine_tuning_gives():
         found = encode(pack_blocks(backbone), [images])[0]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_packing_takes_over_the_parameters_by_name_and_leaves_timms_blocks_as_they_were():
+    backbone = Backbone(Architecture(32, 2, 2, patch_size=8), mask_token=True).eval()
+    names = [name for name, _ in backbone.named_parameters()]
+    state = backbone.state_dict()
+    block, tokens = backbone.vit.blocks[0], torch.randn(2, 9, 32)
+    with torch.no_grad():
+        before = block(tokens)
+        packed = pack_blocks(backbone)
+        assert type(block) is EvaBlock
+        assert torch.equal(block(tokens), before)
+    assert [name for name, _ in packed.named_parameters()] == names
+    assert packed.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[k]) for k, t in packed.state_dict().items())
+    first = packed.vit.blocks[0]
+    assert pack_blocks(packed).vit.blocks[0] is first  # packing twice is packing once
 
 
 def test_masks_of_zeros_are_no_masks_and_pixels_under_a_mask_do_not_matter():
