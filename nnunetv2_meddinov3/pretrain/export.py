@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_meddinov3.models.backbone import Backbone
+from torch import Tensor
+
 from nnunetv2_meddinov3.models.build import backbone_from, save_backbone
 from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.pretrain.config import StageConfig
@@ -18,28 +19,23 @@ from nnunetv2_meddinov3.pretrain.student import Student
 _BACKBONE = "backbone."
 
 
-def whole_backbone(network: Student, runtime: Runtime) -> Backbone | None:
-    """Return a copy of a network's backbone on the CPU of the main process, None on the others.
+def whole_backbone(network: Student, runtime: Runtime) -> dict[str, Tensor]:
+    """Return a copy of a network's backbone by parameter name, on the CPU of the main process.
 
-    Every rank must call this. Sharded tensors are gathered one at a time, so no device holds more
-    than its share and one tensor.
+    Every rank must call this; the others get nothing. Sharded tensors are gathered one at a time,
+    so no device holds more than its share and one tensor.
     """
-    tensors = {}
+    whole = {}
     for name, tensor in network.state_dict().items():
-        if not name.startswith(_BACKBONE):
-            continue
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if runtime.is_main:
-            canonical = name.removeprefix(_BACKBONE).removeprefix("vit.")
-            tensors[canonical] = whole.detach().to("cpu", copy=True)
-    if not runtime.is_main:
-        return None
-    architecture = network.backbone.architecture
-    return backbone_from(Checkpoint(architecture, tensors, "this run", "training state"))
+        if name.startswith(_BACKBONE):
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if runtime.is_main:
+                whole[name.removeprefix(_BACKBONE)] = full.detach().to("cpu", copy=True)
+    return whole
 
 
 def export_backbone(
-    backbone: Backbone,
+    tensors: dict[str, Tensor],
     start: Start,
     config: StageConfig,
     path: Path,
@@ -50,8 +46,8 @@ def export_backbone(
     """Write a backbone with what the trainers must know of it (architecture.md, decision 4).
 
     Args:
-        backbone: The teacher's.
-        start: What the stage started from, which says the licence.
+        tensors: What ``whole_backbone`` returned of the teacher.
+        start: What the stage started from: architecture and licence.
         config: Of the stage: intensity contract, stage.
         path: The file, replaced if it exists.
         step: Steps that are done.
@@ -60,6 +56,8 @@ def export_backbone(
     Raises:
         UserError: If it cannot be written.
     """
+    canonical = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
+    backbone = backbone_from(Checkpoint(start.architecture, canonical, "this run", "a teacher"))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_backbone(
         backbone,

@@ -223,6 +223,7 @@ class Stage:
             self.folder,
             self.runtime,
             lambda: whole_backbone(self.distillation.teacher, self.runtime),
+            self.start.architecture,
             self.step,
         )
 
@@ -237,10 +238,10 @@ class Stage:
                 be read or written.
         """
         steps, engine = self.config.optim.steps, self.config.engine
-        if self.step == 0:
-            self.observer.start()
         batches = self.loader.iterate(self.step)
         try:
+            if self.step == 0:
+                self.observer.start()
             while self.step < steps:
                 self.observer.before_step()
                 micro_batches = next(batches)
@@ -374,9 +375,9 @@ class Stage:
         Raises:
             UserError: If it cannot be written.
         """
-        backbone = whole_backbone(self.distillation.teacher, self.runtime)
-        if backbone is not None:
+        tensors = whole_backbone(self.distillation.teacher, self.runtime)
+        if self.runtime.is_main:
             export_backbone(
-                backbone, self.start, self.config, path, step=self.step, store=self.store
+                tensors, self.start, self.config, path, step=self.step, store=self.store
             )
         self.runtime.barrier()

@@ -83,7 +83,7 @@ def run(way, micro_batches, out):
     losses = runtime.reduce(torch.stack(list(means.values()))) / world
     state = whole_model(distillation)
     exported = whole_backbone(distillation.teacher, runtime)
-    assert (exported is not None) == runtime.is_main
+    assert bool(exported) == runtime.is_main
     if rank == 0:
         torch.save(
             {
@@ -91,7 +91,7 @@ def run(way, micro_batches, out):
                 "gradients": gradients,
                 "norms": norms,
                 "state": state,
-                "exported": exported.state_dict(),
+                "exported": exported,
             },
             out,
         )

@@ -31,8 +31,12 @@ def test_what_a_run_sets_for_the_whole_process_is_put_back(device):
 
 
 def test_it_is_put_back_after_an_error_too():
+    def fail():
+        with started(Engine(device="cpu")) as runtime:
+            assert (runtime.rank, runtime.world_size, runtime.precision) == (0, 1, "fp32")
+            raise UserError("stop")
+
     before = settings()
-    with pytest.raises(UserError), started(Engine(device="cpu")) as runtime:
-        assert (runtime.rank, runtime.world_size, runtime.precision) == (0, 1, "fp32")
-        raise UserError("stop")
+    with pytest.raises(UserError, match="stop"):
+        fail()
     assert settings() == before

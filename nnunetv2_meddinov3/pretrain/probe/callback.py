@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.build import backbone_from
+from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.pretrain.checkpoints import PROBE
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
@@ -28,7 +32,9 @@ class Prober:
         config: ``engine.probe_dataset`` and the contract.
         folder: Of the stage.
         runtime: This process; the main one probes while the others wait.
-        teacher: Gathers the teacher's backbone, which the main process gets; every rank calls it.
+        teacher_backbone: Returns the tensors of the teacher's backbone, named as in its state dict,
+            on rank 0; every rank calls it.
+        architecture: Of the backbone.
         step: Steps done before; later rows are dropped.
 
     Raises:
@@ -40,11 +46,12 @@ class Prober:
         config: StageConfig,
         folder: Path,
         runtime: Runtime,
-        teacher: Callable[[], Backbone | None],
+        teacher_backbone: Callable[[], dict[str, Tensor]],
+        architecture: Architecture,
         step: int,
     ) -> None:
-        self.path, self.runtime = folder / PROBE, runtime
-        self._teacher, self._intensity = teacher, intensity_of(config)
+        self.path, self.runtime, self.architecture = folder / PROBE, runtime, architecture
+        self._teacher_backbone, self._intensity = teacher_backbone, intensity_of(config)
         if runtime.is_main:
             self._data = ProbeData.from_nnunet(config.engine.probe_dataset)
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,10 +68,16 @@ class Prober:
         Returns:
             A sentence if it is worse than the start, on the main process.
         """
-        backbone = self._teacher()
-        sentence = None if backbone is None else self._probe(backbone, step, weights)
+        tensors = self._teacher_backbone()
+        sentence = None
+        if self.runtime.is_main:
+            sentence = self._probe(self._built(tensors), step, weights)
         self.runtime.barrier()
         return sentence
+
+    def _built(self, tensors: dict[str, Tensor]) -> Backbone:
+        canonical = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
+        return backbone_from(Checkpoint(self.architecture, canonical, "the teacher", "a stage"))
 
     def _probe(self, backbone: Backbone, step: int, weights: str) -> str | None:
         state = torch.get_rng_state()
