@@ -150,7 +150,7 @@ def _check_chain(stages: tuple[StageConfig, ...], out: Path) -> None:
     Raises:
         UserError: If the previous stage is missing.
     """
-    running = {config.stage: config for config in stages}
+    running: dict[int, StageConfig] = {config.stage: config for config in stages}
     for config in stages:
         gram = config.losses.gram.teacher if config.losses.gram.weight else ""
         wants = (

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.pretrain.checkpoints import CheckpointFolder, read_state
 from nnunetv2_meddinov3.pretrain.config import flatten, load_config
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
-from nnunetv2_meddinov3.pretrain.monitor.logger import TIMINGS, read_rows
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
 ROOT = Path(__file__).parents[2]
+TIMINGS = ("images_per_second", "data_wait_percent", "memory_gb")
 ALONE = Runtime(0, 1, torch.device("cpu"), "fp32", False)
 
 
