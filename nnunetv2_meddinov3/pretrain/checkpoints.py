@@ -35,7 +35,7 @@ BAD_STEPS = "bad_steps"
 HEALTH = "health.jsonl"
 PROBE = "probe.jsonl"
 REPORT = "report.html"
-# in the folder of a run: it was stopped after a checkpoint, and is to be started again
+# in the folder of a run that was stopped after a checkpoint and should be started again
 INTERRUPTED = "interrupted"
 
 FORMAT = 1
@@ -150,7 +150,7 @@ def read_state(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"there must be a training state {path}: check the path.") from error
+        raise UserError(f"the training state {path} must exist: check the path.") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise UserError(
             f"{path} must be a whole training state, but it is damaged ({first_line(error)}): "

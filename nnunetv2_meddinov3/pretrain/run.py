@@ -1,4 +1,4 @@
-"""The stages of a run in their order: their configs, their folders, what one leaves to the next."""
+"""The stages of a run, in order: their configs, their folders, what each takes from the last."""
 
 from __future__ import annotations
 

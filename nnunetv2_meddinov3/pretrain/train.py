@@ -81,7 +81,7 @@ class Stage:
             checkpoints.load_optimizer(self.distillation, self.optimizer, self.start.optimizer)
             self.start.optimizer = None  # as large as two students
 
-        # what feeds it, and what watches it
+        # loader and observer
         self.loader = SliceLoader(
             store, rows, config, runtime.rank, runtime.world_size, runtime.device
         )
@@ -152,7 +152,7 @@ class Stage:
         return True
 
     def one_step(self, batches: Sequence[ViewBatch], stop: Stop) -> bool:
-        """Make the step that comes next; returns whether any rank was told to stop."""
+        """Make the next step and return whether any rank was told to stop."""
         rates = {
             field.name: float(getattr(self.schedules, field.name)[self.step])
             for field in dataclasses.fields(self.schedules)
@@ -183,7 +183,7 @@ class Stage:
         return result.stopped
 
     def _generator(self, micro_batch: int) -> torch.Generator:
-        """Draw drop path and RoPE augmentation from the step alone, so a resume is exact."""
+        """Return what drop path and RoPE augmentation draw from: the step alone decides it."""
         key = (self.config.optim.seed, self.step, self.runtime.rank, micro_batch)
         seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
@@ -272,7 +272,7 @@ class Stage:
 
 
 class StepResult(NamedTuple):
-    """What came of a step.
+    """The result of a step.
 
     Attributes:
         losses: Name -> mean over this rank's micro-batches, on the device.
@@ -315,10 +315,11 @@ def train_step(
         batches: The micro-batches of this rank.
         generators: One for each, for what the student draws.
         stop: Signals that came to this process.
-        lr: Learning rate of this step, and so on, as ``schedules.Schedules`` has them.
-        last_layer_lr: Of the last layers of both heads.
-        weight_decay: Of AdamW.
-        momentum: Of the teacher.
+        lr: Learning rate, scaled to the batch; up to ``gram_weight``, all are the values of
+            ``schedules.Schedules`` at this step.
+        last_layer_lr: Learning rate of the last layers of both heads.
+        weight_decay: Weight decay of AdamW.
+        momentum: Momentum of the teacher's moving average.
         teacher_temp: Temperature of the targets.
         local_weight: Factor of the local DINO term.
         gram_weight: Factor of the Gram loss.
