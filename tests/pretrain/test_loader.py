@@ -24,7 +24,7 @@ def steps(overrides, start=0, count=2, rank=0, world_size=1, **changes):
 
 
 def equal(a, b):
-    names = ("global_crops", "local_crops", "masks", "masked")
+    names = ("global_crops", "local_crops", "masks", "mask_indices")
     return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
 
 
