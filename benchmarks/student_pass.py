@@ -19,7 +19,7 @@ from timm.layers import DropPath
 
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain.student import Noise, encode, pack_blocks
+from nnunetv2_meddinov3.pretrain.student import StochasticOptions, encode, pack_blocks
 
 _RATE = 0.3
 
@@ -68,7 +68,7 @@ def one_by_one(backbone: Backbone, groups: list[torch.Tensor]) -> None:
 def together(backbone: Backbone, groups: list[torch.Tensor], rate: float) -> None:
     """Forward all groups in one pass, then backward."""
     generator = torch.Generator().manual_seed(0)
-    tokens = encode(backbone, groups, None, Noise(drop_path=rate), generator)
+    tokens = encode(backbone, groups, None, StochasticOptions(drop_path=rate), generator)
     sum(t.cls.square().mean() for t in tokens).backward()
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a stage: written whole or not at all, pruned, and read back by name."""
+"""The folder of a stage and its checkpoints: written whole or not at all, pruned, read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,39 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.files import replacing
+from nnunetv2_meddinov3.pretrain.config import StageConfig, differences, from_yaml
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
+
+# in the folder of a stage
+EXPORT = "teacher.safetensors"
+EXPORTS = "exports"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+PROVENANCE = "run.json"
+BAD_STEPS = "bad_steps"
+HEALTH = "health.jsonl"
+PROBE = "probe.jsonl"
+REPORT = "report.html"
+# in the folder of a run that was stopped after a checkpoint and should be started again
+INTERRUPTED = "interrupted"
 
 FORMAT = 1
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d{7,})")
-_PART = re.compile(r"\.step_\d+\.part")
+_VIEWS = ("global_crops", "local_crops", "masks", "gram_crops")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE_IN = StateDictOptions(full_state_dict=True)
+
+
+def export_path(folder: Path, step: int) -> Path:
+    """Return where the teacher of a step is exported before the end of its stage."""
+    return folder / EXPORTS / f"teacher_step_{step:06d}.safetensors"
 
 
 class CheckpointFolder:
-    """``checkpoints/step_0000100/state.pt`` and its older neighbours.
+    """``checkpoints/step_0000100/state.pt`` and its older neighbours, written by one process.
 
     Args:
         folder: Made when something is saved.
@@ -64,20 +88,17 @@ class CheckpointFolder:
             UserError: If it cannot be written; the checkpoints before it are as they were.
         """
         target = self.path(step).parent
-        part = self.folder / f".{target.name}.part"
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            for name, text in texts.items():
-                (part / name).write_text(text, encoding="utf-8")
-            with (part / STATE).open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(target, ignore_errors=True)
-            part.replace(target)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-            shutil.rmtree(part, ignore_errors=True)
+            # torch's writer raises RuntimeError
+            with replacing(target, failures=(RuntimeError,)) as part:
+                part.mkdir(parents=True)
+                for name, text in texts.items():
+                    (part / name).write_text(text, encoding="utf-8")
+                with (part / STATE).open("wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except UserError as error:
             kept = f"the last one is of step {steps[-1]}" if (steps := self.steps()) else "none yet"
             raise UserError(
                 f"a checkpoint of step {step} must be written to {self.folder}, but that failed "
@@ -86,18 +107,37 @@ class CheckpointFolder:
         return self.path(step)
 
     def prune(self, keep_last: int, keep_every: int | None) -> None:
-        """Delete checkpoints but the last and the multiples of ``keep_every``, and leftovers."""
+        """Delete all but the last checkpoints and the multiples of ``keep_every``.
+
+        What a killed process left half written goes too: nobody else writes to the folder.
+        """
         for step in self.steps()[:-keep_last]:
             if not keep_every or step % keep_every:
                 shutil.rmtree(self.path(step).parent, ignore_errors=True)
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if _PART.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        for part in self.folder.glob("*.part"):
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
-    return str(getattr(cause, "strerror", None) or cause).splitlines()[0][:200]
+def _reason(error: UserError) -> str:
+    """Return what the system says of a failed write, below what torch's writer makes of it."""
+    cause = error.__cause__ or error
+    return first_line(cause.__context__ if isinstance(cause.__context__, OSError) else cause)
+
+
+def state_of(source: Path) -> Path | None:
+    """Return the training state that a path means: a stage, a checkpoint's folder, its file.
+
+    Raises:
+        UserError: If it is a stage that has not saved anything yet.
+    """
+    if source.is_dir():
+        if (source / CHECKPOINTS).is_dir():
+            latest = CheckpointFolder(source / CHECKPOINTS).latest()
+            if latest is None:
+                raise UserError(f"{source} must hold a checkpoint, but its stage saved none yet.")
+            return latest
+        return source / STATE if (source / STATE).is_file() else None
+    return source if source.name == STATE and source.is_file() else None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -110,15 +150,43 @@ def read_state(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"there must be a training state {path}: check the path.") from error
+        raise UserError(f"the training state {path} must exist: check the path.") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise UserError(
-            f"{path} must be a whole training state, but it is damaged ({_reason(error)}): delete "
-            f"the folder {path.parent.name} to go on from the checkpoint before it."
+            f"{path} must be a whole training state, but it is damaged ({first_line(error)}): "
+            f"delete the folder {path.parent.name} to go on from the checkpoint before it."
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} must be a training state of format {FORMAT}, but it is not one.")
     return state
+
+
+def check_same_run(
+    state: dict[str, Any], config: StageConfig, store: dict[str, Any], folder: Path
+) -> None:
+    """Refuse to go on with another config or other slices than the checkpoint's.
+
+    Args:
+        state: The training state.
+        config: Of the stage now.
+        store: What ``provenance.store_provenance`` returned for the slices now.
+        folder: Of the stage, for messages.
+
+    Raises:
+        UserError: If anything that changes results differs.
+    """
+    changed = differences(from_yaml(state["config"]), config)
+    if changed:
+        raise UserError(
+            f"{folder} must be continued with the config it was started with, but "
+            f"{'; '.join(changed[:3])}: give the same values, or another --out."
+        )
+    if state["store"]["records_sha256"] != store["records_sha256"]:
+        raise UserError(
+            f"{folder} must be continued on the slices it was started on, but the store now holds "
+            f"others ({state['store']['slices']} before, {store['slices']} now): give the same "
+            "store, or another --out."
+        )
 
 
 def whole_model(model: nn.Module) -> dict[str, Any]:
@@ -149,5 +217,27 @@ def load_optimizer(
         group.update(own)
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_WHOLE_IN = StateDictOptions(full_state_dict=True)
+def keep_bad_step(
+    folder: Path, step: int, rank: int, batches: Sequence[ViewBatch], losses: dict[str, float]
+) -> str:
+    """Save the views that a rank had in a step whose numbers are not finite, for a look at them.
+
+    Args:
+        folder: Of the stage.
+        step: From 0.
+        rank: Of this process.
+        batches: Its micro-batches.
+        losses: Their means.
+
+    Returns:
+        Where they are, in words; also if they could not be kept.
+    """
+    path = folder / BAD_STEPS / f"step_{step:07d}_rank{rank}.pt"
+    views = [{f: getattr(b, f) for f in _VIEWS if getattr(b, f) is not None} for b in batches]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, failures=(RuntimeError,)) as part:
+            torch.save({"step": step, "losses": losses, "micro_batches": views}, part)
+    except (OSError, UserError) as error:
+        return f"the last batch could not be kept ({error})"
+    return f"the last batch is in {path.parent}"

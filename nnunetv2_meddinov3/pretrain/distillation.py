@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Weights and options that stay the same over a stage; see ``schema.Losses``."""
+    """Weights and options that stay the same over a stage, as in its config's ``losses``."""
 
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
@@ -34,23 +35,22 @@ class LossOptions:
     student_temp: float = 0.1
     gram: bool = False
     gram_from_teacher: bool = False
-    remove_negatives: bool = False
 
 
 class Targets(NamedTuple):
-    """What the teacher wants of the student, for one micro-batch of B images.
+    """What the teacher wants of the student, for one micro-batch.
 
     Attributes:
-        cls: (G, B, K) assignments of the global crops.
-        patches: (M, K') assignments of the masked patches.
-        cls_features: (G * B, D) of the teacher, before its head.
-        patch_features: (G * B, P, D) of the teacher.
+        cls: Assignments of the global crops.
+        patches: Assignments of the masked patches.
+        cls_features: Of the teacher, before its head.
+        patch_features: Of the teacher.
     """
 
-    cls: Tensor
-    patches: Tensor
-    cls_features: Tensor
-    patch_features: Tensor
+    cls: Float[Tensor, "crop image prototype"]
+    patches: Float[Tensor, "masked ibot_prototype"]
+    cls_features: Float[Tensor, "globals dim"]
+    patch_features: Float[Tensor, "globals patch dim"]
 
 
 class Distillation(nn.Module):
@@ -61,12 +61,6 @@ class Distillation(nn.Module):
         teacher: Its moving average, of the same architecture.
         gram_teacher: An earlier teacher's backbone for Gram anchoring, or None.
         options: Weights and options of the losses.
-
-    Attributes:
-        teacher_temp: Temperature of the targets; set for every step.
-        local_weight: Factor of the local DINO term; set for every step.
-        gram_weight: Factor of the Gram loss; set for every step.
-        seen: Detached tensors of the last ``losses``, for the figures of health.
     """
 
     def __init__(
@@ -82,23 +76,11 @@ class Distillation(nn.Module):
         for frozen in (teacher, gram_teacher):
             if frozen is not None:
                 frozen.requires_grad_(False)
-        self.teacher_temp, self.local_weight, self.gram_weight = 0.07, 1.0, 0.0
-        self._runner: tuple[Callable] = (student,)
-        self.seen: dict[str, Tensor] = {}
         self.dino_loss = DINOLoss(options.student_temp)
         self.ibot_loss = IBOTLoss(options.student_temp)
         self.koleo_loss = KoLeoLoss(options.koleo_group)
-        self.gram_loss = GramLoss(options.remove_negatives)
+        self.gram_loss = GramLoss()
         self.train()
-
-    @property
-    def student_forward(self) -> Callable:
-        """What runs the student: itself, or DDP around it."""
-        return self._runner[0]
-
-    def run_student_by(self, runner: Callable) -> None:
-        """Let DDP run the student; in a tuple, as a module would register as a second student."""
-        self._runner = (runner,)
 
     def train(self, mode: bool = True) -> Distillation:
         """Switch the student alone: the teachers are always in evaluation mode."""
@@ -109,7 +91,7 @@ class Distillation(nn.Module):
         return self
 
     @torch.no_grad()
-    def targets(self, batches: Sequence[ViewBatch]) -> list[Targets]:
+    def targets(self, batches: Sequence[ViewBatch], teacher_temp: float) -> list[Targets]:
         """Run the teacher on all micro-batches of a step, then Sinkhorn-Knopp over all of them.
 
         Images of all ranks and micro-batches are assigned together, so that neither changes what
@@ -117,14 +99,15 @@ class Distillation(nn.Module):
 
         Args:
             batches: The micro-batches of this rank.
+            teacher_temp: Temperature of the targets.
 
         Returns:
             One for each.
         """
         outputs = [self.teacher(batch.global_crops, batch.mask_indices) for batch in batches]
         with _without_autocast(batches[0].global_crops):
-            cls = sinkhorn_knopp(torch.cat([o.dino_global for o in outputs]), self.teacher_temp)
-            patches = sinkhorn_knopp(torch.cat([o.ibot for o in outputs]), self.teacher_temp)
+            cls = sinkhorn_knopp(torch.cat([o.dino_global for o in outputs]), teacher_temp)
+            patches = sinkhorn_knopp(torch.cat([o.ibot for o in outputs]), teacher_temp)
         cls_parts = cls.split([len(o.dino_global) for o in outputs])
         patch_parts = patches.split([len(o.ibot) for o in outputs])
         return [
@@ -134,34 +117,42 @@ class Distillation(nn.Module):
 
     def losses(
         self,
+        run_student: Callable[..., Outputs],
         batch: ViewBatch,
-        targets: Targets | None = None,
+        targets: Targets,
+        *,
+        local_weight: float,
+        gram_weight: float,
         generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Float[Tensor, ""]], dict[str, Tensor]]:
         """Run the student on a micro-batch and compare it with its targets.
 
         Args:
+            run_student: The student, or DDP around it.
             batch: Views of B images.
-            targets: From ``targets``; computed for this batch alone if None.
+            targets: One of those that ``targets`` returned.
+            local_weight: Factor of the local DINO term.
+            gram_weight: Factor of the Gram loss; at 0 the Gram teacher is not run.
             generator: On the CPU, for drop path and RoPE augmentation.
 
         Returns:
-            Scalars ``dino_local``, ``dino_global``, ``koleo`` (mean over crops), ``ibot``, ``gram``
-            (in stages with it) and their weighted sum ``total``.
+            Losses ``dino_local``, ``dino_global``, ``koleo`` (mean over crops), ``ibot``, ``gram``
+            (in stages with it) and their weighted sum ``total``; and what is observed: detached
+            tensors of both networks for the figures of health.
         """
-        if targets is None:
-            targets = self.targets([batch])[0]
-        out = self.student_forward(
+        out = run_student(
             batch.global_crops,
             batch.mask_indices,
             masks=batch.masks,
             local_crops=batch.local_crops,
             generator=generator,
         )
-        anchor = self._anchor(targets, batch)
+        anchor = self._anchor(targets, batch) if self.options.gram and gram_weight else None
         with _without_autocast(batch.global_crops):
             losses = self._compare(out, targets, anchor, batch)
-        self.seen = {
+            crops, local_crops = len(targets.cls), len(batch.local_crops) // batch.images
+            losses["total"] = self._total(losses, crops, local_crops, local_weight, gram_weight)
+        observed = {
             "cls_student": out.cls_global.detach(),
             "patches_student": out.patches_global.detach(),
             "cls_teacher": targets.cls_features,
@@ -169,21 +160,21 @@ class Distillation(nn.Module):
             "cls_targets": targets.cls.flatten(0, 1),
             "patch_targets": targets.patches,
         }
-        return losses
+        return losses, observed
 
     def _compare(
         self, out: Outputs, targets: Targets, anchor: Tensor | None, batch: ViewBatch
     ) -> dict[str, Tensor]:
-        crops, local_crops = len(targets.cls), len(batch.local_crops) // batch.images
-        by_crop = lambda t: t.unflatten(0, (-1, batch.images))  # noqa: E731
+        def by_crop(logits: Tensor) -> Tensor:
+            return logits.unflatten(0, (-1, batch.images))
+
+        assert out.dino_local is not None  # every batch has local crops
+        ignore_diagonal = self.options.ignore_diagonal
+        koleo = [self.koleo_loss(cls) for cls in out.cls_global.chunk(len(targets.cls))]
         losses = {
             "dino_local": self.dino_loss(by_crop(out.dino_local), targets.cls),
-            "dino_global": self.dino_loss(
-                by_crop(out.dino_global), targets.cls, self.options.ignore_diagonal
-            ),
-            "koleo": torch.stack(
-                [self.koleo_loss(cls) for cls in out.cls_global.chunk(crops)]
-            ).mean(),
+            "dino_global": self.dino_loss(by_crop(out.dino_global), targets.cls, ignore_diagonal),
+            "koleo": torch.stack(koleo).mean(),
             "ibot": self.ibot_loss(out.ibot, targets.patches, batch.masks, batch.mask_indices),
         }
         if self.options.gram:
@@ -192,10 +183,16 @@ class Distillation(nn.Module):
                 if anchor is None
                 else self.gram_loss(out.patches_global, anchor)
             )
-        losses["total"] = self._total(losses, crops, local_crops)
         return losses
 
-    def _total(self, losses: dict[str, Tensor], crops: int, local_crops: int) -> Tensor:
+    def _total(
+        self,
+        losses: dict[str, Tensor],
+        crops: int,
+        local_crops: int,
+        local_weight: float,
+        gram_weight: float,
+    ) -> Tensor:
         """Sum with the original's weights: DINO terms by their number of pairs, KoLeo per crop."""
         options = self.options
         global_pairs = crops * (crops - 1) if options.ignore_diagonal else crops * crops
@@ -203,20 +200,18 @@ class Distillation(nn.Module):
         pairs = global_pairs + local_pairs
         dino = (
             global_pairs / pairs * losses["dino_global"]
-            + self.local_weight * local_pairs / pairs * losses["dino_local"]
+            + local_weight * local_pairs / pairs * losses["dino_local"]
         )
         total = (
             options.dino_weight * dino
             + options.koleo_weight * crops * losses["koleo"]
             + options.ibot_weight * losses["ibot"]
         )
-        return total + self.gram_weight * losses["gram"] if "gram" in losses else total
+        return total + gram_weight * losses["gram"] if "gram" in losses else total
 
     @torch.no_grad()
-    def _anchor(self, targets: Targets, batch: ViewBatch) -> Tensor | None:
-        """Patch tokens the Gram loss holds on to; None, and no forward, while its weight is 0."""
-        if not self.options.gram or self.gram_weight == 0:
-            return None
+    def _anchor(self, targets: Targets, batch: ViewBatch) -> Tensor:
+        """Return the patch tokens that the Gram loss holds on to."""
         if self.options.gram_from_teacher:
             return targets.patch_features
         if self.gram_teacher is None or batch.gram_crops is None:
@@ -244,8 +239,10 @@ class Distillation(nn.Module):
             torch._foreach_copy_(ours, [_local(t) for t in _tensors(self.teacher.backbone)])
 
 
-def resize_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
-    """Resize patch tokens (B, P, D) from one grid to another, bicubic, before normalisation."""
+def resize_tokens(
+    tokens: Float[Tensor, "batch patch dim"], grid: tuple[int, ...], target: tuple[int, ...]
+) -> Float[Tensor, "batch resized_patch dim"]:
+    """Resize patch tokens from one grid (h, w) to another, bicubic, before normalisation."""
     if grid == target:
         return tokens
     maps = tokens.float().transpose(1, 2).unflatten(2, grid)

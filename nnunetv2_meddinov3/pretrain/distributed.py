@@ -1,56 +1,183 @@
-"""How a stage runs on several processes: DDP or FSDP2, accumulation, precision, compilation."""
+"""Where and how a stage runs: ranks and device, DDP or FSDP2, precision, compilation."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch._dynamo.config as dynamo_config
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.precision import has_bf16
 from nnunetv2_meddinov3.pretrain.config import Engine
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
-from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.student import GramTeacher, Student
 
-_MOST_GRAPHS = 64  # torch gives up compiling after 8, fewer than three networks of five resolutions
+_LOST_RANK_AFTER = timedelta(minutes=30)  # saving, probing and compiling keep the others waiting
+_MAX_GRAPHS = 64  # torch gives up compiling after 8, fewer than three networks of five resolutions
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The place of this process among all of a run.
+
+    Attributes:
+        rank: Of this process.
+        world_size: Number of processes.
+        device: Where it computes.
+        precision: ``"bf16"`` or ``"fp32"``.
+        compile: Whether blocks are compiled.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: str
+    compile: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def reduce(self, values: Tensor, operation: str = "SUM") -> Tensor:
+        """Combine a tensor of every rank in place, if there are several."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=getattr(dist.ReduceOp, operation))
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def started(engine: Engine) -> Iterator[Runtime]:
+    """Join the processes that torchrun started, if it did, and leave them at the end.
+
+    What this sets for the whole process (precision of matrix products, number of compiled graphs,
+    warnings) is put back at the end.
+
+    Raises:
+        UserError: If the device is missing, or SLURM started several processes without torchrun.
+    """
+    processes = world_size()
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError(
+            "the processes of a run must be started by torchrun, but srun started "
+            f"{os.environ['SLURM_STEP_NUM_TASKS']} alike: use one task per node and "
+            "`srun torchrun ... -m nnunetv2_meddinov3 pretrain ...` (docs/pretraining.md)."
+        )
+    device = _device(engine)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    joined = processes > 1
+    with _process_wide_settings(device):
+        if joined:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=_LOST_RANK_AFTER)
+        try:
+            yield Runtime(
+                rank=int(os.environ.get("RANK", "0")) if joined else 0,
+                world_size=processes,
+                device=device,
+                precision=_precision(engine, device),
+                compile=engine.compile == "always"
+                or (engine.compile == "auto" and device.type == "cuda"),
+            )
+        finally:
+            if joined:
+                dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _process_wide_settings(device: torch.device) -> Iterator[None]:
+    limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
+    graphs = max(getattr(dynamo_config, limit), _MAX_GRAPHS)
+    before = torch.get_float32_matmul_precision()
+    with dynamo_config.patch({limit: graphs}), warnings.catch_warnings():
+        # FSDP2 warns of tokens, which are views of one tensor; nothing changes them in place
+        warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _device(engine: Engine) -> torch.device:
+    available = torch.cuda.is_available()
+    if engine.device == "cuda" and not available:
+        raise UserError(
+            "engine.device=cuda needs a GPU that PyTorch can use, but there is none: set "
+            "engine.device=cpu, or install PyTorch for this GPU's driver."
+        )
+    if engine.device == "cpu" or not available:
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"every process of a node needs a GPU of its own, but process {local + 1} found "
+            f"{count}: start torchrun with --nproc-per-node {count}."
+        )
+    return torch.device("cuda", local)
+
+
+def _precision(engine: Engine, device: torch.device) -> str:
+    if engine.precision != "auto":
+        return engine.precision
+    return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
 
 
 class Parallel:
-    """The student as it is run, and the contexts in which.
+    """The student as it is run, and the contexts it runs in.
 
     Gradients are averaged over ranks. The teacher is not wrapped by DDP: every rank moves its copy
     in the same way. Under FSDP2 teachers are sharded as the student is.
 
     Args:
-        distillation: On its device; DDP is put around its student.
+        distillation: On its device.
         engine: ``parallel`` says which way.
         runtime: This process.
+
+    Attributes:
+        student: What runs the student: itself, or DDP around it.
     """
 
     def __init__(self, distillation: Distillation, engine: Engine, runtime: Runtime) -> None:
-        self.distillation, self.runtime = distillation, runtime
+        self.student: nn.Module = distillation.student
+        self.runtime = runtime
         self.is_sharded = engine.parallel == "fsdp2" and dist.is_initialized()
         if runtime.compile:
             _compile(distillation)
-        self._ddp: DistributedDataParallel | None = None
         if self.is_sharded:
             _shard(distillation, runtime)
         elif dist.is_initialized():
             ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(
+            self.student = DistributedDataParallel(
                 distillation.student,
                 device_ids=ids,
                 broadcast_buffers=False,  # rotary periods never change
                 gradient_as_bucket_view=True,
             )
-            distillation.run_student_by(self._ddp)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -62,11 +189,11 @@ class Parallel:
     @contextlib.contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
         """Exchange gradients with the other ranks at the last micro-batch of a step alone."""
-        if self.is_sharded:
-            self.distillation.student.set_requires_gradient_sync(is_last)
+        if isinstance(self.student, FSDPModule):
+            self.student.set_requires_gradient_sync(is_last)
             yield
-        elif self._ddp is not None and not is_last:
-            with self._ddp.no_sync():
+        elif isinstance(self.student, DistributedDataParallel) and not is_last:
+            with self.student.no_sync():
                 yield
         else:
             yield
@@ -77,16 +204,9 @@ def _compile(distillation: Distillation) -> None:
 
     One function serves all blocks of three networks, with a graph for each resolution of each.
     """
-    limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
-    setattr(dynamo_config, limit, max(getattr(dynamo_config, limit), _MOST_GRAPHS))
     for network in _networks(distillation):
         for block in network.backbone.vit.blocks:
             block.compile(dynamic=False)
-
-
-def _networks(distillation: Distillation) -> list[Student | GramTeacher]:
-    found = [distillation.student, distillation.teacher, distillation.gram_teacher]
-    return [network for network in found if network is not None]
 
 
 def _shard(distillation: Distillation, runtime: Runtime) -> None:
@@ -105,5 +225,8 @@ def _shard(distillation: Distillation, runtime: Runtime) -> None:
         # without a backward pass nothing else would give the teachers' shards back
         reshard = network is not distillation.student
         fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # tokens are views of one tensor; nothing changes them in place
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+
+
+def _networks(distillation: Distillation) -> list[Student | GramTeacher]:
+    found = [distillation.student, distillation.teacher, distillation.gram_teacher]
+    return [network for network in found if network is not None]

@@ -20,7 +20,7 @@ from nnunetv2_meddinov3.pretrain.config import (
     check_world,
     effective_lr_factor,
 )
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, started, world_size
+from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 

@@ -5,33 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from nnunetv2_meddinov3.models.architecture import Architecture
-from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.models.build import save_backbone
+from nnunetv2_meddinov3.models.build import backbone_from, save_backbone
+from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.pretrain.config import StageConfig
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
+from nnunetv2_meddinov3.pretrain.networks import Start
 from nnunetv2_meddinov3.pretrain.provenance import versions
-from nnunetv2_meddinov3.pretrain.starting import Start
+from nnunetv2_meddinov3.pretrain.student import Student
 
-_BRANCH = "teacher.backbone."
-
-
-def teacher_of(model: dict[str, torch.Tensor], architecture: Architecture) -> Backbone:
-    """Return the teacher's backbone of what ``checkpoints.whole_model`` returned."""
-    with torch.device("meta"):
-        backbone = Backbone(architecture, mask_token=True)
-    own = {k.removeprefix(_BRANCH): v for k, v in model.items() if k.startswith(_BRANCH)}
-    backbone.load_state_dict(own, assign=True)
-    for block in backbone.vit.blocks:
-        if block.attn.q_bias is not None:  # timm's constant zero, which no state holds
-            block.attn.k_bias = torch.zeros(architecture.embed_dim)
-    return backbone
+_BACKBONE = "backbone."
 
 
-def export_teacher(
-    model: dict[str, torch.Tensor],
+def whole_backbone(network: Student, runtime: Runtime) -> dict[str, Tensor]:
+    """Return a copy of a network's backbone by parameter name, on the CPU of the main process.
+
+    Every rank must call this; the others get nothing. Sharded tensors are gathered one at a time,
+    so no device holds more than its share and one tensor.
+    """
+    whole = {}
+    for name, tensor in network.state_dict().items():
+        if name.startswith(_BACKBONE):
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if runtime.is_main:
+                whole[name.removeprefix(_BACKBONE)] = full.detach().to("cpu", copy=True)
+    return whole
+
+
+def export_backbone(
+    tensors: dict[str, Tensor],
     start: Start,
     config: StageConfig,
     path: Path,
@@ -39,20 +43,21 @@ def export_teacher(
     step: int,
     store: dict[str, Any],
 ) -> None:
-    """Write the teacher's backbone of a whole model state (architecture.md, decision 4).
+    """Write a backbone with what the trainers must know of it (architecture.md, decision 4).
 
     Args:
-        model: What ``checkpoints.whole_model`` returned.
+        tensors: What ``whole_backbone`` returned of the teacher.
         start: What the stage started from: architecture and licence.
         config: Of the stage: intensity contract, stage.
         path: The file, replaced if it exists.
         step: Steps that are done.
-        store: What ``resuming.store_facts`` returned.
+        store: What ``provenance.store_provenance`` returned.
 
     Raises:
         UserError: If it cannot be written.
     """
-    backbone = teacher_of(model, start.architecture)
+    canonical = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
+    backbone = backbone_from(Checkpoint(start.architecture, canonical, "this run", "a teacher"))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_backbone(
         backbone,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -11,10 +12,32 @@ from torch import Tensor, nn
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.config import Optim
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
-from nnunetv2_meddinov3.pretrain.naming import meta_name
 from nnunetv2_meddinov3.pretrain.student import Student
 
 PARTS = ("backbone", "dino_head", "ibot_head")
+
+_META_NAMES = [
+    (re.compile(r"reg_token$"), "storage_tokens"),
+    (re.compile(r"rope\.periods$"), "rope_embed.periods"),
+    (re.compile(r"gamma_([12])$"), r"ls\1.gamma"),
+    (re.compile(r"attn\.[qv]_bias$"), "attn.qkv.bias"),
+    (re.compile(r"mlp\.fc1_g\.(\w+)$"), r"mlp.w1.\1"),
+    (re.compile(r"mlp\.fc1_x\.(\w+)$"), r"mlp.w2.\1"),
+]
+
+
+def meta_name(name: str, is_gated: bool = False) -> str:
+    """Return the name that Meta's code, and so papers and goldens, give one of our parameters.
+
+    Args:
+        name: Such as ``vit.blocks.0.gamma_1`` or ``student.backbone.vit.cls_token``; what stands
+            before the parameter stays.
+        is_gated: Whether the feed-forward layers are SwiGLU, whose ``fc2`` is Meta's ``w3``.
+    """
+    name = re.sub(r"(^|\.)vit\.", r"\1", name)
+    for pattern, ours in _META_NAMES:
+        name = pattern.sub(ours, name)
+    return re.sub(r"mlp\.fc2\.(\w+)$", r"mlp.w3.\1", name) if is_gated else name
 
 
 class NamedRow(NamedTuple):
@@ -95,10 +118,11 @@ def parameter_groups(student: Student, config: Optim) -> list[dict[str, Any]]:
 
 def build_optimizer(student: Student, config: Optim, device: torch.device) -> torch.optim.AdamW:
     """Return AdamW over the student; rates are set before every step."""
+    first, second = config.betas
     return torch.optim.AdamW(
         parameter_groups(student, config),
         lr=0.0,
-        betas=tuple(config.betas),
+        betas=(first, second),
         fused=device.type == "cuda",
         foreach=device.type != "cuda",
     )

@@ -41,22 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [word for word in arguments.words if "=" in word]
     # Imported here because `--help` need not wait for torch.
     from nnunetv2_meddinov3.pretrain.dry_run import dry_run
-    from nnunetv2_meddinov3.pretrain.run import Plan, run
+    from nnunetv2_meddinov3.pretrain.run import run, stages_of
 
-    plan = Plan.of(
-        names,
-        overrides,
-        stage=arguments.stage,
-        store=arguments.store,
-        out=arguments.out,
-        init=arguments.init,
+    stages = stages_of(
+        names, overrides, stage=arguments.stage, store=arguments.store, init=arguments.init
     )
     if arguments.dry_run:
-        dry_run(plan.stages, sys.stdout)
+        dry_run(stages, sys.stdout)
         return 0
     if arguments.out is None:
         raise UserError("pretraining needs a folder to write to: give --out DIR.")
-    return run(plan, sys.stderr)
+    return run(stages, arguments.out, sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

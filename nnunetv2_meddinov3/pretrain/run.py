@@ -1,13 +1,15 @@
-"""The stages of a run in their order: their configs, their folders, what one leaves to the next."""
+"""The stages of a run, in order: their configs, their folders, what each takes from the last."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import json
+import signal
 from pathlib import Path
 from typing import TextIO
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, EXPORT, INTERRUPTED
 from nnunetv2_meddinov3.pretrain.config import (
     StageConfig,
     available,
@@ -17,91 +19,75 @@ from nnunetv2_meddinov3.pretrain.config import (
     load_config,
     to_yaml,
 )
-from nnunetv2_meddinov3.pretrain.folders import CONFIG, EXPORT, INTERRUPTED
+from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
 from nnunetv2_meddinov3.pretrain.loader import open_store
-from nnunetv2_meddinov3.pretrain.provenance import write_run_facts
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop, started, world_size
+from nnunetv2_meddinov3.pretrain.provenance import write_provenance
 from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.signals import Stop
 
 _PREFIXES = ("stage1.", "stage2.", "stage3.")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a command asks for.
+def stages_of(
+    names: list[str],
+    overrides: list[str],
+    *,
+    stage: str = "all",
+    store: str | None = None,
+    init: str | None = None,
+) -> tuple[StageConfig, ...]:
+    """Read and check the configs that a command asks for.
 
-    Attributes:
+    Args:
+        names: A family such as ``vitb16``, names of shipped configs, or YAML files.
+        overrides: ``key=value``, or ``stageN.key=value`` for one stage.
+        stage: ``"1"``, ``"2"``, ``"3"`` or ``"all"``.
+        store: Slice store, over that of the configs.
+        init: Where the first stage starts, over its config.
+
+    Returns:
+        Configs in the order of their stages.
+
+    Raises:
+        UserError: If a config, a key or a value is wrong, or a stage is named twice or not at all.
+    """
+    for override in overrides:
+        head, _, rest = override.partition(".")
+        if head.startswith("stage") and rest and f"{head}." not in _PREFIXES:
+            raise UserError(
+                f"a change to one stage must begin with stage1., stage2. or stage3., got "
+                f"{override!r}."
+            )
+    if store is not None:
+        overrides = [*overrides, f"data.store={json.dumps(store)}"]
+    expanded = _expand(names)
+    numbers = [load_config(name).stage for name in expanded]
+    if sorted(set(numbers)) != numbers:
+        raise UserError(
+            f"the configs must be of different stages in their order, got stages {numbers}: "
+            "give one config for each stage."
+        )
+    chosen = [
+        (name, number)
+        for name, number in zip(expanded, numbers, strict=True)
+        if stage in ("all", str(number))
+    ]
+    if not chosen:
+        raise UserError(
+            f"--stage {stage} must be one of the stages of the configs, which are {numbers}."
+        )
+    if init is not None:
+        overrides = [*overrides, f"stage{chosen[0][1]}.init.source={json.dumps(init)}"]
+    return tuple(_load(name, number, overrides) for name, number in chosen)
+
+
+def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
+    """Run every stage that is not finished yet.
+
+    Args:
         stages: Configs in the order of their stages.
         out: Folder of the run; stage N writes to ``out/stageN``.
-    """
-
-    stages: tuple[StageConfig, ...]
-    out: Path | None
-
-    @classmethod
-    def of(
-        cls,
-        names: list[str],
-        overrides: list[str],
-        *,
-        stage: str = "all",
-        store: str | None = None,
-        out: Path | None = None,
-        init: str | None = None,
-    ) -> Plan:
-        """Read and check the configs.
-
-        Args:
-            names: A family such as ``vitb16``, names of shipped configs, or YAML files.
-            overrides: ``key=value``, or ``stageN.key=value`` for one stage.
-            stage: ``"1"``, ``"2"``, ``"3"`` or ``"all"``.
-            store: Slice store, over that of the configs.
-            out: Folder of the run.
-            init: Where the first stage starts, over its config.
-
-        Raises:
-            UserError: If a config, a key or a value is wrong, or a stage is there twice or not.
-        """
-        for override in overrides:
-            head, _, rest = override.partition(".")
-            if head.startswith("stage") and rest and f"{head}." not in _PREFIXES:
-                raise UserError(
-                    f"a change to one stage must begin with stage1., stage2. or stage3., got "
-                    f"{override!r}."
-                )
-        if store is not None:
-            overrides = [*overrides, f"data.store={store}"]
-        expanded = _expand(names)
-        numbers = [load_config(name).stage for name in expanded]
-        if sorted(set(numbers)) != numbers:
-            raise UserError(
-                f"the configs must be of different stages in their order, got stages {numbers}: "
-                "give one config for each stage."
-            )
-        chosen = [
-            _load(name, number, overrides)
-            for name, number in zip(expanded, numbers, strict=True)
-            if stage in ("all", str(number))
-        ]
-        if not chosen:
-            raise UserError(
-                f"--stage {stage} must be one of the stages of the configs, which are {numbers}."
-            )
-        if init is not None:
-            chosen[0].init.source = init
-        return cls(tuple(chosen), out)
-
-    def folder(self, config: StageConfig) -> Path:
-        """Return where a stage writes."""
-        return (self.out or Path()) / f"stage{config.stage}"
-
-    def previous(self, config: StageConfig) -> Path | None:
-        """Return the folder of the stage before one, None for the first."""
-        return None if config.stage == 1 else (self.out or Path()) / f"stage{config.stage - 1}"
-
-
-def run(plan: Plan, stream: TextIO) -> int:
-    """Run every stage of a plan that is not finished yet.
+        stream: Where the main process says how far it is.
 
     Returns:
         The exit code.
@@ -110,32 +96,36 @@ def run(plan: Plan, stream: TextIO) -> int:
         UserError: If a stage cannot start or go on.
     """
     # all stages before the first starts, and before processes wait for each other
-    for config in plan.stages:
+    for config in stages:
         check_world(config, world_size())
         open_store(config)
-        _check_finished(plan.folder(config), config)
-    _check_chain(plan)
-    with started(plan.stages[0].engine) as runtime, Stop() as stop:
-        marker = plan.out / INTERRUPTED
+        _check_finished(_folder(out, config.stage), config)
+    _check_chain(stages, out)
+    with started(stages[0].engine) as runtime, Stop() as stop:
         if runtime.is_main:
-            plan.out.mkdir(parents=True, exist_ok=True)
-            marker.unlink(missing_ok=True)
-        for config in plan.stages:
-            folder = plan.folder(config)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / INTERRUPTED).unlink(missing_ok=True)
+        for config in stages:
+            folder = _folder(out, config.stage)
             if (folder / EXPORT).is_file():
                 _say(runtime, stream, f"stage {config.stage} is finished: {folder / EXPORT}")
                 continue
-            stage = Stage(config, folder, runtime, previous=plan.previous(config), stream=stream)
+            previous = None if config.stage == 1 else _folder(out, config.stage - 1)
+            stage = Stage(config, folder, runtime, previous=previous, stream=stream)
             if runtime.is_main:
-                write_run_facts(folder, to_yaml(config), runtime)
+                write_provenance(folder, to_yaml(config), runtime)
             if not stage.run(stop):
                 if runtime.is_main:
-                    marker.touch()
+                    (out / INTERRUPTED).touch()
                 _say(
                     runtime, stream, f"stopped by a signal; the same command goes on from {folder}"
                 )
-                return 128 + (stop.number or 15)
+                return 128 + (stop.number or signal.SIGTERM)
     return 0
+
+
+def _folder(out: Path, stage: int) -> Path:
+    return out / f"stage{stage}"
 
 
 def _check_finished(folder: Path, config: StageConfig) -> None:
@@ -154,35 +144,34 @@ def _check_finished(folder: Path, config: StageConfig) -> None:
         )
 
 
-def _check_chain(plan: Plan) -> None:
+def _check_chain(stages: tuple[StageConfig, ...], out: Path) -> None:
     """Refuse a stage whose predecessor neither exists nor runs before it.
 
     Raises:
         UserError: If the previous stage is missing.
     """
-    running = {config.stage for config in plan.stages}
-    for config in plan.stages:
+    running: dict[int, StageConfig] = {config.stage: config for config in stages}
+    for config in stages:
         gram = config.losses.gram.teacher if config.losses.gram.weight else ""
         wants = (
             config.init.source == "previous" or gram == "retained" or gram.startswith("previous")
         )
-        before = plan.previous(config)
-        if wants and before is None:
+        if wants and config.stage == 1:
             raise UserError("stage 1 has no previous stage: set init.source to none or to weights.")
-        if wants and config.stage - 1 not in running and not (before / EXPORT).is_file():
+        before, source = config.stage - 1, running.get(config.stage - 1)
+        if wants and source is None and not (_folder(out, before) / EXPORT).is_file():
             raise UserError(
-                f"stage {config.stage} starts from stage {config.stage - 1}, but {before} holds no "
-                f"{EXPORT}: run that stage first (--stage all runs them in order), or give --init."
+                f"stage {config.stage} starts from stage {before}, but {_folder(out, before)} "
+                f"holds no {EXPORT}: run that stage first (--stage all runs them in order), or "
+                "give --init."
             )
-        if gram.startswith("previous@") and config.stage - 1 in running:
+        if gram.startswith("previous@") and source is not None:
             step = int(gram.partition("@")[2])
-            source = next(c for c in plan.stages if c.stage == config.stage - 1)
             if step not in source.engine.export_at or step > source.optim.steps:
                 raise UserError(
-                    f"losses.gram.teacher={gram} needs the teacher of stage {source.stage} at "
-                    f"step {step}, but that stage exports at {list(source.engine.export_at)} of "
-                    f"{source.optim.steps} steps: set "
-                    f"stage{source.stage}.engine.export_at=[{step}]."
+                    f"losses.gram.teacher={gram} needs the teacher of stage {before} at step "
+                    f"{step}, but that stage exports at {list(source.engine.export_at)} of "
+                    f"{source.optim.steps} steps: set stage{before}.engine.export_at=[{step}]."
                 )
 
 

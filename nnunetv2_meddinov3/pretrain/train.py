@@ -1,11 +1,11 @@
-"""One stage: the loop from its start, or from its last checkpoint, to its end."""
+"""One stage: build, resume, loop, save, export; the loop's step is a function of its arguments."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -13,29 +13,22 @@ from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
-from nnunetv2_meddinov3.pretrain.bad_steps import keep_batch
+from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, EXPORT, PROVENANCE, export_path
 from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
-from nnunetv2_meddinov3.pretrain.distributed import Parallel
-from nnunetv2_meddinov3.pretrain.export import export_teacher
-from nnunetv2_meddinov3.pretrain.folders import (
-    CHECKPOINTS,
-    CONFIG,
-    EXPORT,
-    RUN_FACTS,
-    export_path,
-)
+from nnunetv2_meddinov3.pretrain.distillation import Distillation
+from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
+from nnunetv2_meddinov3.pretrain.export import export_backbone, whole_backbone
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_to_follow
 from nnunetv2_meddinov3.pretrain.monitor.observer import Observer
 from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
+from nnunetv2_meddinov3.pretrain.networks import load_start
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
 from nnunetv2_meddinov3.pretrain.probe.callback import ProbeCallback
-from nnunetv2_meddinov3.pretrain.provenance import run_facts
-from nnunetv2_meddinov3.pretrain.rates import Rates, rates_at
-from nnunetv2_meddinov3.pretrain.resuming import Resumed, check_same_run, store_facts
-from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
-from nnunetv2_meddinov3.pretrain.starting import load_start
+from nnunetv2_meddinov3.pretrain.provenance import run_provenance, store_provenance
+from nnunetv2_meddinov3.pretrain.schedules import schedules_of
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
+from nnunetv2_meddinov3.signals import Stop
 
 
 class Stage:
@@ -47,6 +40,9 @@ class Stage:
         runtime: This process.
         previous: Folder of the stage before, where the start or the Gram teacher need it.
         stream: Where the main process says how far it is.
+
+    Attributes:
+        step: Steps that are done.
 
     Raises:
         UserError: If the store, the starting weights or the checkpoint do not fit the config.
@@ -62,44 +58,51 @@ class Stage:
         stream: TextIO | None,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
-        self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)
+
+        # data, and the checkpoint to go on from
         store, rows = open_store(config)
-        self.store = store_facts(store, rows)
+        self.store = store_provenance(store, rows)
+        self.checkpoints = checkpoints.CheckpointFolder(folder / checkpoints.CHECKPOINTS)
         latest = self.checkpoints.latest()
         state = None if latest is None else checkpoints.read_state(latest)
         if state is not None:
-            check_same_run(state, config, self.store, latest, runtime)
+            checkpoints.check_same_run(state, config, self.store, folder)
+
+        # networks, optimiser, schedules
         self.start = load_start(config, previous, state)
         self.distillation = self.start.distillation.to(runtime.device)
         self.parallel = Parallel(self.distillation, config.engine, runtime)
         self.optimizer = build_optimizer(self.distillation.student, config.optim, runtime.device)
+        self.schedules = schedules_of(config)
         self.step, self.refreshes, self.bad_in_a_row = 0, 0, 0
         if state is not None:
-            self._resume(Resumed.of(state, runtime))
+            self._resume(state)
         elif self.start.optimizer is not None:
             checkpoints.load_optimizer(self.distillation, self.optimizer, self.start.optimizer)
             self.start.optimizer = None  # as large as two students
+
+        # loader and observer
         self.loader = SliceLoader(
             store, rows, config, runtime.rank, runtime.world_size, runtime.device
         )
-        self.observer = Observer(
-            config,
+        tracker = FeatureTracker(
+            slices_to_follow(store, rows, config),
+            self.distillation.teacher,
+            config.intensity,
             folder,
-            runtime,
-            self.distillation,
-            FeatureTracker(
-                slices_to_follow(store, rows, config),
-                self.distillation.teacher,
-                config.intensity,
-                folder,
-                self.parallel.autocast,
-            ),
-            self._prober(),
-            stream,
-            self.step,
+            self.parallel.autocast,
+        )
+        self.observer = Observer(
+            config, folder, runtime, self.distillation, tracker, self._probe(), stream, self.step
         )
 
-    def _prober(self) -> ProbeCallback | None:
+    def _resume(self, state: dict[str, Any]) -> None:
+        checkpoints.load_model(self.distillation, state["model"])
+        checkpoints.load_optimizer(self.distillation, self.optimizer, state["optimizer"])
+        self.step, self.refreshes = state["step"], state["gram_refreshes"]
+        self.bad_in_a_row = state["bad_in_a_row"]
+
+    def _probe(self) -> ProbeCallback | None:
         """Return what measures the teacher on labelled slices, if the config asks for it."""
         if self.config.engine.probe_every is None:
             return None
@@ -107,15 +110,10 @@ class Stage:
             self.config,
             self.folder,
             self.runtime,
-            self._teacher_backbone,
+            lambda: whole_backbone(self.distillation.teacher, self.runtime),
             self.start.architecture,
             self.step,
         )
-
-    def _teacher_backbone(self) -> dict[str, Tensor]:
-        """Return the tensors of the teacher's backbone on rank 0; every rank must call this."""
-        whole, own = checkpoints.whole_model(self.distillation), "teacher.backbone."
-        return {k.removeprefix(own): t for k, t in whole.items() if k.startswith(own)}
 
     def run(self, stop: Stop) -> bool:
         """Train until the stage is finished or a signal came.
@@ -154,55 +152,38 @@ class Stage:
         return True
 
     def one_step(self, batches: Sequence[ViewBatch], stop: Stop) -> bool:
-        """Forward, backward, update; returns whether any rank was told to stop."""
-        rates = rates_at(self.config, self.step)
-        self._apply(rates)
-        losses = self._backward(batches)
-        norms = clip_gradients(self.distillation.student, self.config.optim.clip_grad)
-        finite = torch.isfinite(torch.stack([losses["total"], *norms.values()])).all()
-        # one exchange and one look at the device per step
-        signs = torch.stack([~finite, torch.tensor(stop.number is not None).to(finite.device)])
-        is_bad, stopped = self.runtime.reduce(signs.int(), "MAX").tolist()
-        if is_bad:
-            self._skip(batches, losses)
+        """Make the next step and return whether any rank was told to stop."""
+        rates = {
+            field.name: float(getattr(self.schedules, field.name)[self.step])
+            for field in dataclasses.fields(self.schedules)
+        }
+        result = train_step(
+            self.distillation,
+            self.parallel,
+            self.optimizer,
+            batches,
+            [self._generator(i) for i in range(len(batches))],
+            stop,
+            clip_grad=self.config.optim.clip_grad,
+            **rates,
+        )
+        if result.skipped:
+            self._note_bad_step(batches, result.losses)
         else:
             self.bad_in_a_row = 0
-            self.optimizer.step()
-            self.distillation.update_teacher(rates.momentum)
             self._refresh_gram_teacher()
-        self.optimizer.zero_grad(set_to_none=True)
         self.observer.stepped(
             self.step,
-            rates._asdict(),
-            losses,
-            norms,
-            skipped=bool(is_bad),
-            observed=self.distillation.seen,
+            rates,
+            result.losses,
+            result.norms,
+            skipped=result.skipped,
+            observed=result.observed,
         )
-        return bool(stopped)
-
-    def _apply(self, rates: Rates) -> None:
-        set_rates(self.optimizer, rates.lr, rates.weight_decay, rates.last_layer_lr)
-        self.distillation.teacher_temp = rates.teacher_temp
-        self.distillation.local_weight = rates.local_weight
-        self.distillation.gram_weight = rates.gram_weight
-
-    def _backward(self, batches: Sequence[ViewBatch]) -> dict[str, Tensor]:
-        """Accumulate the gradients of all micro-batches; returns the mean of each loss."""
-        with self.parallel.autocast():
-            targets = self.distillation.targets(batches)
-        sums: dict[str, Tensor] = {}
-        for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
-            with self.parallel.accumulating(is_last=i == len(batches) - 1):
-                with self.parallel.autocast():
-                    losses = self.distillation.losses(batch, target, self._generator(i))
-                (losses["total"] / len(batches)).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach() / len(batches)
-        return sums
+        return result.stopped
 
     def _generator(self, micro_batch: int) -> torch.Generator:
-        """Draw drop path and RoPE augmentation from the step alone, so a resume is exact."""
+        """Return what drop path and RoPE augmentation draw from: the step alone decides it."""
         key = (self.config.optim.seed, self.step, self.runtime.rank, micro_batch)
         seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
@@ -219,8 +200,8 @@ class Stage:
             self.distillation.refresh_gram_teacher()
             self.refreshes += 1
 
-    def _skip(self, batches: Sequence[ViewBatch], losses: dict[str, Tensor]) -> None:
-        """Leave weights and teacher as they are; after too many such steps, keep the batch and end.
+    def _note_bad_step(self, batches: Sequence[ViewBatch], losses: dict[str, Tensor]) -> None:
+        """Count a step that was left out; after too many in a row, keep the batch and end.
 
         Raises:
             UserError: If too many steps in a row were not finite.
@@ -232,7 +213,9 @@ class Stage:
         )
         if self.bad_in_a_row < self.config.engine.max_bad_steps:
             return
-        where = keep_batch(self.folder, self.step, self.runtime.rank, batches, values)
+        where = checkpoints.keep_bad_step(
+            self.folder, self.step, self.runtime.rank, batches, values
+        )
         self.runtime.barrier()
         raise UserError(
             f"losses and gradients must be finite numbers, but {self.bad_in_a_row} steps in a row "
@@ -243,7 +226,6 @@ class Stage:
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs; every rank must call this."""
-        rng = self.runtime.gather(torch.get_rng_state())
         return {
             "format": checkpoints.FORMAT,
             "stage": self.config.stage,
@@ -256,16 +238,9 @@ class Stage:
             "store": self.store,
             "model": checkpoints.whole_model(self.distillation),
             "optimizer": checkpoints.whole_optimizer(self.distillation, self.optimizer),
-            "sampler": {
-                "seed": self.config.optim.seed,
-                "next_step": self.step,
-                "batch_size": self.config.optim.batch_size,
-            },
-            "rates": rates_at(self.config, min(self.step, self.config.optim.steps - 1))._asdict(),
             "gram_refreshes": self.refreshes,
             "bad_in_a_row": self.bad_in_a_row,
             "world_size": self.runtime.world_size,
-            "rng": rng,
         }
 
     def save(self) -> None:
@@ -277,8 +252,7 @@ class Stage:
         state = self.state()
         if self.runtime.is_main:
             engine = self.config.engine
-            facts = json.dumps(run_facts(self.runtime), indent=1) + "\n"
-            texts = {CONFIG: to_yaml(self.config), RUN_FACTS: facts}
+            texts = {CONFIG: to_yaml(self.config), PROVENANCE: run_provenance(self.runtime)}
             self.checkpoints.save(self.step, state, texts)
             self.checkpoints.prune(engine.keep_last, engine.keep_every)
         self.runtime.barrier()
@@ -289,15 +263,122 @@ class Stage:
         Raises:
             UserError: If it cannot be written.
         """
-        model = checkpoints.whole_model(self.distillation)
+        tensors = whole_backbone(self.distillation.teacher, self.runtime)
         if self.runtime.is_main:
-            export_teacher(model, self.start, self.config, path, step=self.step, store=self.store)
+            export_backbone(
+                tensors, self.start, self.config, path, step=self.step, store=self.store
+            )
         self.runtime.barrier()
 
-    def _resume(self, resumed: Resumed) -> None:
-        checkpoints.load_model(self.distillation, resumed.model)
-        checkpoints.load_optimizer(self.distillation, self.optimizer, resumed.optimizer)
-        self.step, self.refreshes = resumed.step, resumed.refreshes
-        self.bad_in_a_row = resumed.bad_in_a_row
-        if resumed.rng is not None:
-            torch.set_rng_state(resumed.rng)
+
+class StepResult(NamedTuple):
+    """The result of a step.
+
+    Attributes:
+        losses: Name -> mean over this rank's micro-batches, on the device.
+        observed: Tensors of the last micro-batch for the figures of health.
+        norms: Part of the student -> norm of its gradient before clipping.
+        skipped: Whether a loss or gradient of some rank was not finite, and nothing was updated.
+        stopped: Whether some rank was told to stop.
+    """
+
+    losses: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    skipped: bool
+    stopped: bool
+
+
+def train_step(
+    distillation: Distillation,
+    parallel: Parallel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[ViewBatch],
+    generators: Sequence[torch.Generator],
+    stop: Stop,
+    *,
+    lr: float,
+    last_layer_lr: float,
+    weight_decay: float,
+    momentum: float,
+    teacher_temp: float,
+    local_weight: float,
+    gram_weight: float,
+    clip_grad: float,
+) -> StepResult:
+    """Forward, backward, update of student and teacher.
+
+    Args:
+        distillation: The networks.
+        parallel: How the student is run.
+        optimizer: Of the student.
+        batches: The micro-batches of this rank.
+        generators: One for each, for what the student draws.
+        stop: Signals that came to this process.
+        lr: Learning rate, scaled to the batch; up to ``gram_weight``, all are the values of
+            ``schedules.Schedules`` at this step.
+        last_layer_lr: Learning rate of the last layers of both heads.
+        weight_decay: Weight decay of AdamW.
+        momentum: Momentum of the teacher's moving average.
+        teacher_temp: Temperature of the targets.
+        local_weight: Factor of the local DINO term.
+        gram_weight: Factor of the Gram loss.
+        clip_grad: Largest gradient norm of each part of the student.
+    """
+    set_rates(optimizer, lr=lr, weight_decay=weight_decay, last_layer_lr=last_layer_lr)
+    losses, observed = forward_backward(
+        distillation,
+        parallel,
+        batches,
+        generators,
+        teacher_temp=teacher_temp,
+        local_weight=local_weight,
+        gram_weight=gram_weight,
+    )
+    norms = clip_gradients(distillation.student, clip_grad)
+    finite = torch.isfinite(torch.stack([losses["total"], *norms.values()])).all()
+    # one exchange and one look at the device per step
+    signs = torch.stack([~finite, torch.tensor(stop.number is not None).to(finite.device)])
+    skipped, stopped = parallel.runtime.reduce(signs.int(), "MAX").tolist()
+    if not skipped:
+        optimizer.step()
+        distillation.update_teacher(momentum)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(losses, observed, norms, bool(skipped), bool(stopped))
+
+
+def forward_backward(
+    distillation: Distillation,
+    parallel: Parallel,
+    batches: Sequence[ViewBatch],
+    generators: Sequence[torch.Generator],
+    *,
+    teacher_temp: float,
+    local_weight: float,
+    gram_weight: float,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Accumulate the gradients of all micro-batches; arguments as for ``train_step``.
+
+    Returns:
+        The mean of each loss over the micro-batches, and what is observed of the last.
+    """
+    means: dict[str, Tensor] = {}
+    observed: dict[str, Tensor] = {}
+    with parallel.autocast():
+        targets = distillation.targets(batches, teacher_temp)
+    for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+        with parallel.accumulating(is_last=i == len(batches) - 1):
+            with parallel.autocast():
+                losses, observed = distillation.losses(
+                    parallel.student,
+                    batch,
+                    target,
+                    local_weight=local_weight,
+                    gram_weight=gram_weight,
+                    generator=generators[i],
+                )
+            (losses["total"] / len(batches)).backward()
+        for name, loss in losses.items():
+            share = loss.detach() / len(batches)
+            means[name] = means[name] + share if name in means else share
+    return means, observed

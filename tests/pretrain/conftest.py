@@ -39,3 +39,18 @@ _SMALL = [
 def small_stage(ct_store):
     """A function that gives the small overrides of a stage on the small store, and more."""
     return lambda *more: [*_SMALL, f"data.store={ct_store}", *more]
+
+
+@pytest.fixture
+def reads_of_states(monkeypatch):
+    """The training states that are opened from now on, by any of our ways of reading files."""
+    found = []
+    original = Path.open
+
+    def noting(path, mode="r", *arguments, **options):
+        if path.name == "state.pt" and "r" in mode:
+            found.append(path)
+        return original(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", noting)
+    return found

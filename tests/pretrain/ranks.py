@@ -12,11 +12,12 @@ from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.checkpoints import whole_model
 from nnunetv2_meddinov3.pretrain.config import Engine, Optim
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions
-from nnunetv2_meddinov3.pretrain.distributed import Parallel
+from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
+from nnunetv2_meddinov3.pretrain.export import whole_backbone
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
-from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.student import Student
+from nnunetv2_meddinov3.pretrain.train import forward_backward
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
 
@@ -36,9 +37,7 @@ def networks():
 
     gram = student(2).backbone
     options = LossOptions(koleo_group=GROUP, gram=True)
-    distillation = Distillation(student(0), student(1), gram, options)
-    distillation.teacher_temp, distillation.gram_weight = 0.06, 2.0
-    return distillation
+    return Distillation(student(0), student(1), gram, options)
 
 
 def views():
@@ -64,14 +63,15 @@ def run(way, micro_batches, out):
     set_rates(optimizer, 1e-3, 0.04, 1e-3)
     own = views().split(IMAGES // world)[rank]
     batches = own.split(own.images // micro_batches)
-    sums = {}
-    targets = distillation.targets(batches)
-    for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
-        with parallel.accumulating(i == len(batches) - 1):
-            losses = distillation.losses(batch, target)
-            (losses["total"] / len(batches)).backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+    means, _ = forward_backward(
+        distillation,
+        parallel,
+        batches,
+        [torch.Generator() for _ in batches],
+        teacher_temp=0.06,
+        local_weight=1.0,
+        gram_weight=2.0,
+    )
     gradients = {
         n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         for n, p in distillation.student.named_parameters()
@@ -80,15 +80,18 @@ def run(way, micro_batches, out):
     norms = clip_gradients(distillation.student, 0.5)
     optimizer.step()
     distillation.update_teacher(0.9)
-    losses = runtime.reduce(torch.stack(list(sums.values()))) / world
+    losses = runtime.reduce(torch.stack(list(means.values()))) / world
     state = whole_model(distillation)
+    exported = whole_backbone(distillation.teacher, runtime)
+    assert bool(exported) == runtime.is_main
     if rank == 0:
         torch.save(
             {
-                "losses": dict(zip(sums, losses, strict=True)),
+                "losses": dict(zip(means, losses, strict=True)),
                 "gradients": gradients,
                 "norms": norms,
                 "state": state,
+                "exported": exported,
             },
             out,
         )

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nnunetv2_meddinov3.pretrain.naming import meta_name
+from nnunetv2_meddinov3.pretrain.optim import meta_name
 
 
 def sine(shape, a, b):

@@ -8,23 +8,40 @@ from safetensors.torch import load_file
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.build import load_backbone
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions, resize_tokens
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
-from nnunetv2_meddinov3.pretrain.naming import meta_name
-from nnunetv2_meddinov3.pretrain.networks import read_distillation
-from nnunetv2_meddinov3.pretrain.optim import clip_gradients
-from nnunetv2_meddinov3.pretrain.student import Noise, Student
+from nnunetv2_meddinov3.pretrain.networks import student_of
+from nnunetv2_meddinov3.pretrain.optim import clip_gradients, meta_name
+from nnunetv2_meddinov3.pretrain.student import StochasticOptions, Student
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+def losses_of(distillation, batch, teacher_temp=0.07, local_weight=1.0, gram_weight=2.0):
+    """The losses of a batch that is a whole step."""
+    (targets,) = distillation.targets([batch], teacher_temp)
+    losses, _ = distillation.losses(
+        distillation.student, batch, targets, local_weight=local_weight, gram_weight=gram_weight
+    )
+    return losses
+
+
 def golden_step(case):
+    """Losses of the golden step, the networks that gave them, and what was recorded."""
     facts = json.loads((GOLDEN / "golden.json").read_text())[case]
     step = load_file(GOLDEN / f"{case}.step.safetensors")
+    tensors = load_file(GOLDEN / f"{case}.weights.safetensors")
     weights = facts["weights"]
-    distillation = read_distillation(
-        GOLDEN / f"{case}.weights.safetensors",
+    gram_teacher = None
+    if case == "stage2":
+        path = GOLDEN / f"{case}.weights.safetensors"
+        gram_teacher = load_backbone(path, branch="gram_teacher")
+    distillation = Distillation(
+        student_of(tensors, "student", case),
+        student_of(tensors, "teacher", case),
+        gram_teacher,
         LossOptions(
             dino_weight=weights["dino"],
             ibot_weight=weights["ibot"],
@@ -32,18 +49,16 @@ def golden_step(case):
             gram=case == "stage2",
         ),
     )
-    distillation.teacher_temp = facts["teacher_temp"]
-    distillation.gram_weight = weights["gram"]
     batch = ViewBatch(
         step["global_crops"], step["local_crops"], step["masks"], step.get("gram_crops")
     )
-    return distillation, batch, step
+    losses = losses_of(distillation, batch, facts["teacher_temp"], gram_weight=weights["gram"])
+    return losses, distillation, step
 
 
 @pytest.mark.parametrize("case", ["stage1", "stage2"])
 def test_a_whole_step_has_the_losses_and_gradients_of_the_original(case):
-    distillation, batch, step = golden_step(case)
-    losses = distillation.losses(batch)
+    losses, distillation, step = golden_step(case)
     wanted = {k.removeprefix("loss."): v for k, v in step.items() if k.startswith("loss.")}
     assert set(losses) == set(wanted)
     for name, value in wanted.items():
@@ -73,9 +88,7 @@ def recorded_networks(options):
 
     teacher = student((0.03, 0.15, 0.25))
     gram = backbone(0.07) if options.gram and not options.gram_from_teacher else None
-    distillation = Distillation(student((0, 0.1, 0.2)), teacher, gram, options)
-    distillation.teacher_temp, distillation.gram_weight = 0.07, 2.0
-    return distillation
+    return Distillation(student((0, 0.1, 0.2)), teacher, gram, options)
 
 
 def recorded_batch():
@@ -125,8 +138,7 @@ def recorded_batch():
 )
 def test_a_step_has_the_recorded_losses_and_gradient_norms(options, local_weight, wanted, norms):
     distillation = recorded_networks(LossOptions(**options))
-    distillation.local_weight = local_weight
-    losses = distillation.losses(recorded_batch())
+    losses = losses_of(distillation, recorded_batch(), local_weight=local_weight)
     for name, value in wanted.items():
         assert losses[name].item() == pytest.approx(value, rel=2e-6, abs=1e-6), name
     losses["total"].backward()
@@ -137,7 +149,7 @@ def test_a_step_has_the_recorded_losses_and_gradient_norms(options, local_weight
 
 def test_clipped_gradients_are_the_recorded_ones():
     distillation = recorded_networks(LossOptions())
-    distillation.losses(recorded_batch())["total"].backward()
+    losses_of(distillation, recorded_batch())["total"].backward()
     clip_gradients(distillation.student, 3.0)
     backbone = distillation.student.backbone
     found = [
@@ -166,9 +178,9 @@ def test_targets_and_losses_are_computed_in_fp32_under_autocast():
     distillation.student.forward = lambda *args, **kwargs: student
     distillation.teacher.forward = lambda *args, **kwargs: teacher
     distillation.gram_teacher.forward = lambda *args, **kwargs: anchor
-    wanted, wanted_targets = distillation.losses(batch), distillation.targets([batch])[0]
+    wanted, wanted_targets = losses_of(distillation, batch), distillation.targets([batch], 0.07)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        found, targets = distillation.losses(batch), distillation.targets([batch])[0]
+        found, targets = losses_of(distillation, batch), distillation.targets([batch], 0.07)[0]
     for ours, theirs in zip(targets, wanted_targets, strict=True):
         assert torch.equal(ours, theirs)
     assert found == wanted
@@ -182,14 +194,14 @@ def test_the_networks_still_run_in_bf16_under_autocast():
         mlp = network.backbone.vit.blocks[0].mlp
         mlp.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        distillation.losses(recorded_batch())
+        losses_of(distillation, recorded_batch())
     assert dtypes == {torch.bfloat16}
 
 
 def test_teachers_get_no_gradient_and_stay_in_evaluation_mode():
     distillation = recorded_networks(LossOptions(gram=True))
     distillation.train()
-    distillation.losses(recorded_batch())["total"].backward()
+    losses_of(distillation, recorded_batch())["total"].backward()
     for frozen in (distillation.teacher, distillation.gram_teacher):
         assert not any(module.training for module in frozen.modules())
         assert all(p.grad is None for p in frozen.parameters())
@@ -199,9 +211,8 @@ def test_teachers_get_no_gradient_and_stay_in_evaluation_mode():
 
 def test_the_gram_teacher_is_not_run_while_its_weight_is_0():
     distillation = recorded_networks(LossOptions(gram=True))
-    distillation.gram_weight = 0.0
     distillation.gram_teacher.forward = None
-    losses = distillation.losses(recorded_batch())
+    losses = losses_of(distillation, recorded_batch(), gram_weight=0.0)
     assert losses["gram"] == 0
     assert losses["total"].item() == pytest.approx(7.855443, rel=2e-6)
 
@@ -234,12 +245,19 @@ def test_halving_a_map_takes_the_bicubic_taps_without_antialiasing():
 
 def test_drop_path_acts_on_the_student_alone_and_comes_from_the_generator():
     distillation = recorded_networks(LossOptions())
-    distillation.student.noise = Noise(drop_path=0.5)
-    targets = distillation.targets([recorded_batch()])[0]
-    again = distillation.targets([recorded_batch()])[0]
+    distillation.student.stochastic = StochasticOptions(drop_path=0.5)
+    targets = distillation.targets([recorded_batch()], 0.07)[0]
+    again = distillation.targets([recorded_batch()], 0.07)[0]
     assert torch.equal(targets.cls, again.cls)
     values = [
-        distillation.losses(recorded_batch(), targets, torch.Generator().manual_seed(seed))["total"]
+        distillation.losses(
+            distillation.student,
+            recorded_batch(),
+            targets,
+            local_weight=1.0,
+            gram_weight=0.0,
+            generator=torch.Generator().manual_seed(seed),
+        )[0]["total"]
         for seed in (0, 0, 1)
     ]
     assert values[0] == values[1] != values[2]
@@ -266,6 +284,6 @@ def test_swapping_the_images_of_a_batch_changes_no_loss():
     swapped = ViewBatch(
         swap(batch.global_crops), swap(batch.local_crops), swap(batch.masks), swap(batch.gram_crops)
     )
-    a, b = distillation.losses(batch), distillation.losses(swapped)
+    a, b = losses_of(distillation, batch), losses_of(distillation, swapped)
     for name in a:
         assert a[name].item() == pytest.approx(b[name].item(), rel=1e-5), name

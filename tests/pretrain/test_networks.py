@@ -3,15 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import load_backbone, save_backbone
+from nnunetv2_meddinov3.models.tensor_files import read_files
 from nnunetv2_meddinov3.pretrain.config import load_config
-from nnunetv2_meddinov3.pretrain.networks import head_of, read_student
-from nnunetv2_meddinov3.pretrain.starting import load_start
+from nnunetv2_meddinov3.pretrain.networks import head_of, load_start, student_of
 from nnunetv2_meddinov3.pretrain.student import encode, pack_blocks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -95,33 +95,33 @@ def test_a_gram_teacher_is_the_start_a_file_or_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"needs an earlier stage, but this is the first"):
         start(*gram, name="tiny_stage2_gram")
-    with pytest.raises(UserError, match=r"teacher_step_000100.* is not there: add 100 to"):
+    with pytest.raises(UserError, match=r"teacher_step_000100.* does not exist: add 100 to"):
         start(*gram, name="tiny_stage2_gram", previous=tmp_path)
     with pytest.raises(UserError, match=r"losses.gram.teacher=retained needs an earlier stage"):
         start(*gram, "losses.gram.teacher=retained", name="tiny_stage2_gram", previous=tmp_path)
 
 
 def test_heads_are_read_with_their_sizes_and_their_outputs_kept():
-    student = read_student(GOLDEN / "stage1.weights.safetensors", "student")
-    assert student.dino_head.last_layer.weight.shape == (96, 32)
     tensors = load_file(GOLDEN / "stage1.weights.safetensors")
+    student = student_of(tensors, "student", "golden")
+    assert student.dino_head.last_layer.weight.shape == (96, 32)
     own = student.ibot_head.state_dict()
     assert all(torch.equal(t, tensors[f"student.ibot_head.{k}"]) for k, t in own.items())
 
 
 @pytest.mark.parametrize("missing", ["dino_head.mlp.2.weight", "ibot_head.last_layer.weight"])
-def test_a_head_with_a_hole_is_refused(tmp_path, missing):
+def test_a_head_with_a_hole_is_refused(missing):
     tensors = load_file(GOLDEN / "stage1.weights.safetensors")
     del tensors[f"student.{missing}"]
-    save_file(tensors, tmp_path / "torn.safetensors")
     with pytest.raises(UserError, match="must be a"):
-        read_student(tmp_path / "torn.safetensors", "student")
+        student_of(tensors, "student", "torn")
 
 
 def test_a_checkpoint_without_heads_is_refused_as_a_stage(tmp_path, released_file):
     released_file(tmp_path / "model.pth")
+    tensors = read_files(tmp_path / "model.pth").tensors
     with pytest.raises(UserError, match=r"must hold|must be a"):
-        read_student(tmp_path / "model.pth", "teacher")
+        student_of(tensors, "teacher", "model.pth")
     with pytest.raises(UserError, match="must be a projection head"):
         head_of({"mlp.0.bias": torch.zeros(3)}, "h")
 
@@ -131,8 +131,9 @@ def finished(small_stage, tmp_path_factory):
     """A stage of three steps."""
     import io
 
-    from nnunetv2_meddinov3.pretrain.runtime import Runtime, Stop
+    from nnunetv2_meddinov3.pretrain.distributed import Runtime
     from nnunetv2_meddinov3.pretrain.train import Stage
+    from nnunetv2_meddinov3.signals import Stop
 
     folder = tmp_path_factory.mktemp("run") / "stage1"
     overrides = small_stage("optim.steps=3", "optim.lr.peak=0.01", "optim.lr.end=0.01")
@@ -162,6 +163,24 @@ def test_a_stage_goes_on_from_both_branches_heads_optimiser_and_teacher(finished
     exported = load_backbone(finished[0] / "teacher.safetensors")
     gram = found.distillation.gram_teacher.backbone
     assert torch.equal(gram.vit.cls_token, exported.vit.cls_token)
+
+
+@pytest.mark.parametrize(
+    "gram", ["previous", "retained", "init"], ids=lambda gram: f"Gram teacher {gram}"
+)
+def test_a_start_reads_the_training_state_of_the_stage_before_once(
+    finished, tmp_path, reads_of_states, gram
+):
+    folder = shutil.copytree(finished[0], tmp_path / "stage1")
+    path = folder / "checkpoints/step_0000003/state.pt"
+    state = torch.load(path, weights_only=True)
+    teacher = {k: t for k, t in state["model"].items() if k.startswith("teacher.backbone.")}
+    state["model"] |= {f"gram_{k}": t for k, t in teacher.items()}  # as a later stage's has
+    torch.save(state, path)
+    reads_of_states.clear()
+    found = second(finished, f"losses.gram.teacher={gram}", previous=folder).distillation
+    assert reads_of_states == [path]
+    assert found.gram_teacher is not None
 
 
 def test_a_stage_may_start_from_the_teacher_alone(finished):
@@ -205,6 +224,32 @@ def test_the_export_is_what_the_trainers_load_with_all_that_must_be_known(finish
         a = exported.eval().intermediate_tokens(images, [3])[0].cls
         b = encode(pack_blocks(teacher.eval()), [images])[0].cls
     torch.testing.assert_close(a, b)
+
+
+def test_an_export_gathers_the_teachers_backbone_alone(small_stage, tmp_path, monkeypatch):
+    from nnunetv2_meddinov3.pretrain import checkpoints
+    from nnunetv2_meddinov3.pretrain.distributed import Runtime
+    from nnunetv2_meddinov3.pretrain.train import Stage
+
+    config = load_config("tiny_stage1", small_stage())
+    runtime = Runtime(0, 1, torch.device("cpu"), "fp32", False)
+    stage = Stage(config, tmp_path, runtime, previous=None, stream=None)
+    gathered = []
+
+    def note(tensor):
+        gathered.append(tensor)
+        return tensor
+
+    def never(*arguments, **options):
+        raise AssertionError("everything is gathered")
+
+    monkeypatch.setattr(checkpoints, "get_model_state_dict", never)
+    monkeypatch.setattr(torch.Tensor, "full_tensor", note, raising=False)
+    stage.export(tmp_path / "teacher.safetensors")
+    teacher = stage.distillation.teacher.backbone.state_dict()
+    assert len(gathered) == len(teacher)
+    exported = load_backbone(tmp_path / "teacher.safetensors").state_dict()
+    assert all(torch.equal(exported[k], t) for k, t in teacher.items())
 
 
 def test_the_folder_of_a_checkpoint_and_its_file_mean_the_same(finished, tmp_path):

@@ -103,6 +103,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_start_of_the_command_goes_to_the_first_of_its_stages_whatever_its_name():
+    from nnunetv2_meddinov3.pretrain.run import stages_of
+
+    found = stages_of(["tiny"], [], init="weights: [a] #1 = b.pth")
+    assert [c.init.source for c in found] == ["weights: [a] #1 = b.pth", "previous", "previous"]
+    (second,) = stages_of(["tiny"], [], stage="2", init="timm:vit", store="a: b")
+    assert (second.init.source, second.data.store) == ("timm:vit", "a: b")
+
+
 def test_no_folder_to_write_to_is_one_sentence(small_stage):
     with pytest.raises(UserError, match="give --out DIR"):
         pretrain("tiny", *small_stage())

@@ -60,6 +60,8 @@ def test_ranks_and_micro_batches_change_neither_losses_nor_gradients_nor_weights
         error = (other["gradients"][name] - gradient).abs().max()
         assert error <= 1e-5 * max(gradient.abs().max(), 1e-3), name
     assert set(other["state"]) == set(one_process["state"])
+    for name, tensor in other["exported"].items():
+        assert torch.equal(tensor, other["state"][f"teacher.backbone.{name}"]), name
     for name, tensor in one_process["state"].items():
         if name.startswith("teacher."):
             torch.testing.assert_close(other["state"][name], tensor, rtol=0, atol=2.5e-4)

@@ -1,12 +1,13 @@
 import pytest
 import torch
 from pretrain_recorded import fill, sine
+from timm.models.eva import EvaBlock
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.student import (
-    Noise,
+    StochasticOptions,
     Student,
     augmented_embedding,
     encode,
@@ -97,6 +98,23 @@ def test_the_packed_forward_gives_what_the_backbone_of_fine_tuning_gives():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_packing_takes_over_the_parameters_by_name_and_leaves_timms_blocks_as_they_were():
+    backbone = Backbone(Architecture(32, 2, 2, patch_size=8), mask_token=True).eval()
+    names = [name for name, _ in backbone.named_parameters()]
+    state = backbone.state_dict()
+    block, tokens = backbone.vit.blocks[0], torch.randn(2, 9, 32)
+    with torch.no_grad():
+        before = block(tokens)
+        packed = pack_blocks(backbone)
+        assert type(block) is EvaBlock
+        assert torch.equal(block(tokens), before)
+    assert [name for name, _ in packed.named_parameters()] == names
+    assert packed.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[k]) for k, t in packed.state_dict().items())
+    first = packed.vit.blocks[0]
+    assert pack_blocks(packed).vit.blocks[0] is first  # packing twice is packing once
+
+
 def test_masks_of_zeros_are_no_masks_and_pixels_under_a_mask_do_not_matter():
     vit = a_vit()
     zeros = torch.zeros(2, 24, dtype=torch.bool)
@@ -128,7 +146,7 @@ def drop(rate, batch, seed=0):
     images = sine((batch, 3, 8, 8), 0.3, 0.2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        return encode(vit, [images], None, Noise(drop_path=rate), generator)[0].cls
+        return encode(vit, [images], None, StochasticOptions(drop_path=rate), generator)[0].cls
 
 
 @pytest.mark.parametrize(
@@ -141,7 +159,7 @@ def test_stochastic_depth_keeps_the_originals_number_of_images(batch, rate, kept
         block.mlp.register_forward_pre_hook(lambda m, args: calls.append(args[0].shape[0]))
         block.attn.proj.register_forward_pre_hook(lambda m, args: calls.append(args[0].shape[0]))
     images = sine((batch, 3, 8, 8), 0.3, 0.2)
-    encode(vit, [images], None, Noise(drop_path=rate), torch.Generator().manual_seed(0))
+    encode(vit, [images], None, StochasticOptions(drop_path=rate), torch.Generator().manual_seed(0))
     assert set(calls) == {kept * (1 + 4 + 4)}
 
 
@@ -155,7 +173,8 @@ def test_the_mean_over_draws_of_one_branch_is_the_branch():
         whole = encode(vit, [images])[0].cls
         generator = torch.Generator().manual_seed(0)
         draws = [
-            encode(vit, [images], None, Noise(drop_path=0.5), generator)[0].cls for _ in range(400)
+            encode(vit, [images], None, StochasticOptions(drop_path=0.5), generator)[0].cls
+            for _ in range(400)
         ]
     torch.testing.assert_close(torch.stack(draws).mean(0), whole, rtol=0, atol=0.02)
 
@@ -164,7 +183,7 @@ def test_draws_come_from_the_generator_alone():
     assert torch.equal(drop(0.5, 8, seed=1), drop(0.5, 8, seed=1))
     assert not torch.equal(drop(0.5, 8, seed=1), drop(0.5, 8, seed=2))
     with pytest.raises(ValueError, match="need a generator"):
-        encode(a_vit(), [IMAGES], None, Noise(drop_path=0.5))
+        encode(a_vit(), [IMAGES], None, StochasticOptions(drop_path=0.5))
 
 
 def test_every_block_and_every_group_sees_another_scale(monkeypatch):
@@ -178,7 +197,7 @@ def test_every_block_and_every_group_sees_another_scale(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(student, "rotary_embedding", note)
-    noise = Noise(rope_rescale=2.0)
+    noise = StochasticOptions(rope_rescale=2.0)
     encode(a_vit(), [IMAGES, IMAGES[:, :, :8, :8]], None, noise, torch.Generator().manual_seed(0))
     assert len(seen) == 4
     assert len({tuple(f) for f in seen}) == 4
@@ -188,9 +207,9 @@ def test_every_block_and_every_group_sees_another_scale(monkeypatch):
 def test_shift_and_jitter_act_on_each_axis():
     vit = a_vit()
     generator = torch.Generator().manual_seed(0)
-    plain = augmented_embedding(vit, (2, 3), Noise(), generator)
-    shifted = augmented_embedding(vit, (2, 3), Noise(rope_shift=0.5), generator)
-    jittered = augmented_embedding(vit, (2, 3), Noise(rope_jitter=1.5), generator)
+    plain = augmented_embedding(vit, (2, 3), StochasticOptions(), generator)
+    shifted = augmented_embedding(vit, (2, 3), StochasticOptions(rope_shift=0.5), generator)
+    jittered = augmented_embedding(vit, (2, 3), StochasticOptions(rope_jitter=1.5), generator)
     assert not torch.allclose(plain, shifted)
     assert not torch.allclose(plain, jittered)
 
@@ -208,7 +227,7 @@ def test_activation_checkpointing_changes_no_gradient():
         vit = a_vit().train()
         vit.vit.set_grad_checkpointing(recompute)
         generator = torch.Generator().manual_seed(3)
-        noise = Noise(drop_path=0.5, rope_rescale=2.0)
+        noise = StochasticOptions(drop_path=0.5, rope_rescale=2.0)
         encode(vit, [IMAGES], None, noise, generator)[0].patches.square().sum().backward()
         return vit.vit.blocks[0].attn.qkv.weight.grad
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
-from nnunetv2_meddinov3.pretrain.folders import CONFIG, HEALTH, PROBE, REPORT, RUN_FACTS
+from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS
 from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     Moment,
@@ -79,7 +79,7 @@ def write_report(folder: Path) -> Path:
         UserError: If it cannot be written.
     """
     metrics, health = read_rows(folder / METRICS), read_rows(folder / HEALTH)
-    facts = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
+    facts = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     sections = [
         Section("Health", [_verdicts(health)]),
         Section("Losses and gradients", [_curves(metrics, _LOSSES)]),

@@ -18,9 +18,8 @@ from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
 from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint, resolve_source
+from nnunetv2_meddinov3.pretrain.checkpoints import CHECKPOINTS, EXPORT, state_of
 from nnunetv2_meddinov3.pretrain.config import Intensity
-from nnunetv2_meddinov3.pretrain.folders import CHECKPOINTS, EXPORT
-from nnunetv2_meddinov3.pretrain.origins import state_of
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,

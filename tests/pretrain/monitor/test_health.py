@@ -8,6 +8,7 @@ from nnunetv2_meddinov3.curate.pipeline import curate
 from nnunetv2_meddinov3.demo.phantom import make_phantom
 from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.pretrain.config import load_config
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.monitor.health import (
     effective_rank,
     entropy,
@@ -16,7 +17,6 @@ from nnunetv2_meddinov3.pretrain.monitor.health import (
     similarity,
     verdicts,
 )
-from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 

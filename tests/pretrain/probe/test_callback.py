@@ -6,12 +6,12 @@ from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.pretrain.config import load_config
+from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.probe import labelled
 from nnunetv2_meddinov3.pretrain.probe.callback import ProbeCallback
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import run_probe
-from nnunetv2_meddinov3.pretrain.runtime import Runtime
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
