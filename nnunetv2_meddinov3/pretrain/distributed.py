@@ -144,7 +144,7 @@ def _device(engine: Engine) -> torch.device:
 def _precision(engine: Engine, device: torch.device) -> str:
     if engine.precision != "auto":
         return engine.precision
-    return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
+    return "bf16" if has_bf16(device) else "fp32"
 
 
 class Parallel:
