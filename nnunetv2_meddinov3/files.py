@@ -2,6 +2,7 @@
 
 Everything that this package writes goes through here: the bytes go to a ``.part`` file beside the
 target, which a rename then puts in place, so a killed writer leaves the old file or the new one.
+A folder is replaced by two renames: a writer killed between them leaves neither.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def replacing(
         UserError: If it cannot be written; the target is as it was.
     """
     path = path.resolve()
-    part = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_numbers)}.part")
+    part = _part_beside(path)
+    expected: tuple[type[Exception], ...] = (OSError, *failures)
     _in_progress.add(part.name)
     try:
         yield part
         _put_in_place(part, path, keep_existing)
-    except (OSError, *failures) as error:
+    except expected as error:
         raise unwritable(path, error) from error
     finally:
         _remove(part)
@@ -98,10 +100,11 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file; the target exists whole or not at all.
 
     Raises:
+        OSError: If the source cannot be opened.
         UserError: If the target cannot be written.
     """
-    with replacing(target) as part:
-        shutil.copyfile(source, part)
+    with source.open("rb") as file, replacing(target) as part, part.open("wb") as copy:
+        shutil.copyfileobj(file, copy, _BLOCK)
 
 
 def existing(path: str | os.PathLike[str]) -> Path | None:
@@ -195,11 +198,13 @@ def file_sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def _part_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_numbers)}.part")
+
+
 def _put_in_place(part: Path, path: Path, keep_existing: bool) -> None:
     if part.is_dir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        part.replace(path)
+        _replace_folder(part, path)
     else:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
@@ -210,6 +215,21 @@ def _put_in_place(part: Path, path: Path, keep_existing: bool) -> None:
                 shutil.copymode(path, part)
             part.replace(path)
     _sync_folder(path.parent)
+
+
+def _replace_folder(part: Path, path: Path) -> None:
+    """Rename the old folder away first: a rename replaces files only, and deleting takes time."""
+    if not path.is_dir():
+        part.replace(path)
+        return
+    old = _part_beside(path)
+    path.replace(old)
+    try:
+        part.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    _remove(old)
 
 
 def _link(part: Path, path: Path) -> None:
