@@ -171,13 +171,18 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a JSONL file.
+    """Append a row to a JSONL file, on a line of its own also where a kill tore the last one.
 
     Raises:
         OSError: If it cannot be written.
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps(row)}\n")
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read(1) != b"\n"
+        else:
+            is_torn = False
+        file.write(b"\n" * is_torn + json.dumps(row).encode() + b"\n")
 
 
 def sha256(data: bytes) -> str:
