@@ -14,7 +14,7 @@ ROOT = Path(cli.__file__).parents[1]
 
 
 def meddinov3(*arguments, flags=(), **variables):
-    """Runs the command line in a process of its own, from the checkout."""
+    """Run the command line in a process of its own, from the checkout."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | variables
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, *flags, "-m", "nnunetv2_meddinov3", *arguments]
@@ -109,6 +109,21 @@ def test_a_mistake_of_the_user_leaves_as_it_is(verb):
     )
     with pytest.raises(UserError, match="size must be even"):
         cli.main(["probe"])
+
+
+def test_a_mistake_of_the_user_that_an_import_finds_leaves_as_it_is_too(verb):
+    verb(
+        "from nnunetv2_meddinov3.errors import UserError\n"
+        "raise UserError('MEDDINOV3_SIZE must be even, got 7.')\n"
+    )
+    with pytest.raises(UserError, match=r"^MEDDINOV3_SIZE must be even, got 7\.$"):
+        cli.main(["probe"])
+
+
+def test_a_mistake_of_the_user_in_a_process_is_one_sentence_and_exit_code_1():
+    run = meddinov3("demo", "--raw", "nowhere", MEDDINOV3_ITERATIONS="many")
+    assert run.returncode == 1
+    assert run.stderr == "MEDDINOV3_ITERATIONS must be a whole number of at least 1, got 'many'.\n"
 
 
 def test_a_verb_that_cannot_be_imported_is_explained(verb):
