@@ -62,7 +62,7 @@ def prepare_out(out: Path, raw: Path | None) -> Path:
     out = out.expanduser().absolute()
     if raw is not None and (out == raw or raw in out.parents):
         raise UserError(
-            f"--out must not be inside the dataset of --raw, but {out} does; choose another folder."
+            f"--out must not be inside the dataset of --raw, but {out} is; choose another folder."
         )
     try:
         if not (out / MARKER).is_file() and out.exists() and (out.is_file() or any(out.iterdir())):
