@@ -249,6 +249,15 @@ def test_the_command_line_imports_nothing_heavy_at_module_level(name):
         assert top != OURS or ours == "__version__" or starts_with(ours, LIGHT)
 
 
+@pytest.mark.parametrize("name", ["pretrain", "trainers"])
+def test_the_links_at_the_top_lead_into_the_package(name):
+    link = ROOT / name
+    if not link.is_symlink():
+        pytest.skip("this checkout is on a system without links")
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == (PACKAGE / name).resolve()
+
+
 def test_no_module_is_a_drawer_for_leftovers():
     drawers = {"utils.py", "misc.py", "common.py", "helpers.py"}
     assert [path for path in SOURCES if path.name in drawers] == []

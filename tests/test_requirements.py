@@ -42,9 +42,12 @@ def imported():
                 yield from (alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
                 yield node.module.split(".")[0]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-                if isinstance(node.args[0], ast.Constant):
-                    yield node.args[0].value.split(".")[0]
+            elif (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func).endswith("import_module")
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                yield node.args[0].value.split(".")[0]
 
 
 @pytest.mark.parametrize("requirement", requirements())

@@ -34,11 +34,11 @@ PHANTOM_NAME = "Dataset900_Phantom"
 _FEW_PROCESSES = {"nnUNet_def_n_proc": "1", "nnUNet_npp": "0", "nnUNet_nps": "0"}
 
 _PHANTOM_NOTE = (
-    "The images are a synthetic phantom that this package draws. The numbers say that the "
+    "The images are a synthetic phantom that this package draws. The numbers show that the "
     "installation works, from planning to prediction. They say nothing about accuracy on patients."
 )
 _RAW_NOTE = (
-    "This run says that the installation and this dataset work together. A run this short says "
+    "This run shows that the installation and this dataset work together. A run this short says "
     "nothing about the accuracy of a full training."
 )
 _TINY_NOTE = (
@@ -49,7 +49,7 @@ _TINY_NOTE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What nnU-Net's commands are told: names, device, and variables of the environment."""
+    """What nnU-Net's commands are given: names, device, and environment variables."""
 
     trainer: str = DEMO_TRAINER
     planner: str = "MedDINOv3Planner"
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         "MEDDINOV3_EPOCHS": str(arguments.epochs),
         "MEDDINOV3_ITERATIONS": str(iterations),
     }
-    if arguments.trainer == DEMO_TRAINER:  # any other recipe takes the backbone the user says
+    if arguments.trainer == DEMO_TRAINER:  # any other recipe takes the user's backbone
         variables["MEDDINOV3_BACKBONE"] = DEMO_BACKBONE
     recipe = Recipe(
         trainer=arguments.trainer,
@@ -106,14 +106,14 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("meddinov3_demo"),
-        help="folder for all that is written; an earlier demo in it is replaced "
+        help="folder for everything that the demo writes; an earlier demo in it is replaced "
         "(default: ./meddinov3_demo)",
     )
     add(
         "--raw",
         type=Path,
-        help="your own raw dataset (a folder DatasetXXX_Name), which is only read; measured are "
-        "imagesTs if it has labelsTs, else fold 0's validation cases (default: synthetic CT)",
+        help="your own raw dataset (a folder DatasetXXX_Name), which is only read; Dice is measured "
+        "on imagesTs if it has labelsTs, else on fold 0's validation cases (default: synthetic CT)",
     )
     add("--size", help=f"input of the network in pixels (default: {DEFAULT_SIZE})")
     add(
