@@ -112,8 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--raw",
         type=Path,
-        help="your own raw dataset (a folder DatasetXXX_Name), which is only read; Dice is measured "
-        "on imagesTs if it has labelsTs, else on fold 0's validation cases (default: synthetic CT)",
+        help="your own raw dataset (a folder DatasetXXX_Name), which is only read; Dice is "
+        "measured on imagesTs if it has labelsTs, else on fold 0's validation cases (default: "
+        "synthetic CT)",
     )
     add("--size", help=f"input of the network in pixels (default: {DEFAULT_SIZE})")
     add(
