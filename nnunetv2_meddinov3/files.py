@@ -41,7 +41,7 @@ def replacing(
 
     Args:
         path: The target; a link is followed.
-        keep_existing: Of several writers, the first one's file stays.
+        keep_existing: Keep the file of the first of several writers.
         failures: What a library raises, besides ``OSError``, where it cannot write.
 
     Raises:
@@ -67,7 +67,7 @@ def write_bytes(path: Path, data: bytes, keep_existing: bool = False) -> None:
     Args:
         path: The file.
         data: Its bytes.
-        keep_existing: Of several writers, the first one's file stays.
+        keep_existing: Keep the file of the first of several writers.
 
     Raises:
         UserError: If it cannot be written (folder not writable, disk full).
@@ -117,14 +117,14 @@ def existing(path: str | os.PathLike[str]) -> Path | None:
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Delete what killed writers left half written in a folder; what is being written stays."""
+    """Delete what killed writers left in a folder, but not what is still being written."""
     for part in folder.glob("*.part"):
         if is_leftover(part):
             _remove(part)
 
 
 def is_leftover(part: Path) -> bool:
-    """Return whether nobody writes this ``.part`` any more.
+    """Return whether the writer of this ``.part`` is gone.
 
     On this machine its process tells; of another machine's only its age is known.
     """
@@ -149,7 +149,7 @@ def is_leftover(part: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file, none if it is missing; a line that a kill tore is left out.
+    """Return the rows of a JSONL file, none if it is missing; skip a line that a kill tore.
 
     Args:
         path: One JSON object a line.

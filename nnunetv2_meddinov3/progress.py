@@ -15,9 +15,9 @@ class Progress:
     Args:
         total: Units in all; None where that is not known.
         unit: What is counted, in the plural, such as ``"volumes"``.
-        title: What is done; stands before each line and the bar.
+        title: What is done; written before each line and the bar.
         every: Units between two lines where ``stream`` is not a terminal; the last always gets one.
-        done: Units that were done in an earlier run.
+        done: Units done in an earlier run.
         stream: Where to write; None writes nothing.
     """
 

@@ -26,14 +26,14 @@ class RawDataset:
 
     Attributes:
         folder: The dataset.
-        ending: File ending of images and labels; empty where it is not said (Decathlon).
+        ending: File ending of images and labels; empty where none is given (Decathlon).
         channel_names: Number of a channel -> its name, which tells the modality.
         labels: Name -> the values that belong to it, one or those of a region, in the order of
             dataset.json, without background and ignore.
         ignore: Value of the ignore label, None without one.
         reader: Name of the reader of nnU-Net that dataset.json asks for, None where it asks for
             none.
-        entries: Case -> paths of its channels and of its label (None: not said), where
+        entries: Case -> paths of its channels and of its label (None if not given), where
             dataset.json lists them itself.
     """
 
@@ -53,7 +53,7 @@ class RawDataset:
     def images(self, part: str = "imagesTr") -> dict[str, dict[int, Path]]:
         """Return case -> channel -> file of a part, both sorted.
 
-        The training cases are those that dataset.json lists, if it does so; otherwise, and in
+        The training cases are those that dataset.json lists, if it lists any; otherwise, and in
         other parts, the files ``CASE_0000.ending`` of the folder.
         """
         if part == "imagesTr" and self.entries:
