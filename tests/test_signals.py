@@ -76,7 +76,7 @@ def test_a_second_ctrl_c_ends_at_once(start):
     process.send_signal(signal.SIGINT)
     assert line(process) == f"noted {int(signal.SIGINT)}"
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=60)
     assert output == ""
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
     assert process.returncode == -signal.SIGINT
@@ -87,7 +87,7 @@ def test_a_ctrl_c_after_another_signal_ends_at_once_too(start):
     process.send_signal(signal.SIGTERM)
     assert line(process) == f"noted {int(signal.SIGTERM)}"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
 
 
@@ -105,7 +105,7 @@ def test_afterwards_a_signal_ends_the_process_as_ever(start):
     process.send_signal(signal.SIGTERM)
     assert [line(process), line(process)] == [f"noted {int(signal.SIGTERM)}", "saved"]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_handlers_are_put_back_also_after_an_error():
