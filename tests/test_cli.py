@@ -150,17 +150,17 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
         "def flood(argv):\n    for _ in range(100000): print('a line of the report')\n"
         "cli.print_ext_path = flood\nsys.exit(cli.main(['ext-path']))\n"
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=30) == 1
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=30) == 1
 
 
 def test_a_broken_pipe_that_is_not_stdout_is_not_hidden(verb):
