@@ -310,8 +310,9 @@ def _wrong_shapes(tensor):
     yield tensor[..., :0]
     yield tensor.flatten()[0]
     yield tensor[None, None, None]
-    if tensor.ndim > 1 and tensor.shape != tensor.T.shape:
-        yield tensor.T
+    reversed_axes = tensor.permute(*range(tensor.ndim)[::-1])
+    if tensor.ndim > 1 and tensor.shape != reversed_axes.shape:
+        yield reversed_axes
 
 
 @pytest.mark.slow
