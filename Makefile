@@ -2,23 +2,29 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+# The oldest versions that setup.cfg allows; they need a Python of their time, 3.10 to 3.12.
+OLDEST := .venv-oldest
 
 # Without a bytecode cache every process of nnU-Net compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 demo: $(READY)
 	$(VENV)/bin/meddinov3 demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
+test-oldest: $(OLDEST)/.ready # old releases warn of what newer ones have settled
+	$(OLDEST)/bin/python -m pytest -W default
+
 lint: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(READY): setup.cfg pyproject.toml $(wildcard build_backend/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -27,4 +33,11 @@ $(READY): setup.cfg pyproject.toml $(wildcard build_backend/*)
 	  { echo 'Python lacks its venv module: install it (on Debian and Ubuntu: apt install python3-venv).' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
+	  --resolution lowest-direct --editable '.[dev]'
 	touch $@

@@ -33,17 +33,17 @@ VERBS = {
         "nnunetv2_meddinov3.planning_cli:main",
     ),
     "train": Verb(
-        "nnUNetv2_train with our trainers known, however this package was installed",
+        "nnUNetv2_train with our trainers registered, however this package was installed",
         "nnunetv2.run.run_training:run_training_entry",
         "nnUNetv2_train",
     ),
     "predict": Verb(
-        "nnUNetv2_predict with our trainers known, however this package was installed",
+        "nnUNetv2_predict with our trainers registered, however this package was installed",
         "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
         "nnUNetv2_predict",
     ),
     "curate": Verb(
-        "bring CT and MR volumes into a store of slices for pretraining",
+        "convert CT and MR volumes into a store of slices for pretraining",
         "nnunetv2_meddinov3.curate.cli:main",
     ),
     "store": Verb(
@@ -63,11 +63,11 @@ VERBS = {
         "nnunetv2_meddinov3.models.weights_cli:main",
     ),
     "demo": Verb(
-        "plan, train and predict on synthetic CT, or on a dataset of yours, and report",
+        "plan, train and predict on synthetic CT or on your own dataset, and report",
         "nnunetv2_meddinov3.demo.demo:main",
     ),
     "doctor": Verb(
-        "say what is wrong with this installation and how to mend it",
+        "say what is wrong with this installation and how to fix it",
         "nnunetv2_meddinov3.doctor:main",
     ),
     "ext-path": Verb(
@@ -78,13 +78,13 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb and returns the exit code.
+    """Run one verb and return the exit code.
 
     Args:
         argv: What was typed after ``meddinov3``; by default that of this process.
 
     Raises:
-        UserError: The verb met a mistake of the user's (exit code 1, one sentence on stderr).
+        UserError: A mistake of the user's (exit code 1, one sentence on stderr).
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_ext_path(arguments: list[str]) -> int:
-    """Prints the folder with the one file that shows our trainers to ``nnUNet_extTrainer``."""
+    """Print the folder with the one file that shows our trainers to ``nnUNet_extTrainer``."""
     argparse.ArgumentParser(
         prog="meddinov3 ext-path", description=VERBS["ext-path"].help
     ).parse_args(arguments)
@@ -114,19 +114,21 @@ def print_ext_path(arguments: list[str]) -> int:
 
 
 def ext_path() -> Path:
-    """What ``nnUNet_extTrainer`` must name to find our trainers without the start-up file."""
+    """Return what ``nnUNet_extTrainer`` must name where no start-up file is read."""
     return Path(__file__).resolve().parent / "ext"
 
 
 def _run(verb: Verb, arguments: list[str]) -> int:
     import importlib
 
+    from nnunetv2_meddinov3.errors import UserError
+
     module_name, function_name = verb.target.split(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
+    except UserError:
+        raise
     except Exception as error:
-        from nnunetv2_meddinov3.errors import UserError
-
         raise UserError(discovery.explain_import_error(error)) from error
     if verb.stands_for is None:
         return function(arguments) or 0
@@ -134,8 +136,8 @@ def _run(verb: Verb, arguments: list[str]) -> int:
     return function() or 0
 
 
-def _explain(arguments: list[str]):
-    """Answers ``--help``, ``--version``, no verb at all, or a verb that does not exist."""
+def _explain(arguments: list[str]) -> None:
+    """Answer ``--help``, ``--version``, no verb at all, or a verb that does not exist."""
     width = max(map(len, VERBS)) + 2
     table = "\n".join(f"  {name:{width}}{verb.help}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
@@ -158,7 +160,7 @@ def _explain(arguments: list[str]):
 
 
 def _nobody_reads_stdout() -> bool:
-    """Whether stdout is a pipe closed at its other end; if so, silences the flush at exit."""
+    """Return whether stdout is a pipe closed at its other end; if so, silence the flush at exit."""
     try:
         print(flush=True)  # a flush alone would pass where the failed write emptied the buffer
     except BrokenPipeError:

@@ -112,7 +112,7 @@ def examine_versions() -> Iterator[Finding]:
     yield _version("nnunetv2", at_least="2.8", below="3")
     yield _version("torch")
     yield _version("torchvision")
-    yield _version("timm", at_least="1.0.20")
+    yield _version("timm", at_least="1.0.21")
 
 
 def examine_torchvision() -> Iterator[Finding]:

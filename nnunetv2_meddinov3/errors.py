@@ -18,12 +18,14 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """Return what an error of another library says, short enough to be quoted in a sentence.
 
     Args:
-        error: An ``OSError`` gives the system's words, any other its first line, or its class
-            where it says nothing.
+        error: An ``OSError`` gives the system's words, SimpleITK's its last line (the first is a
+            place in its source), any other its first line, or its class where it says nothing.
         limit: Characters at most.
     """
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(said).strip().splitlines()[0].rstrip(".")[:limit]
+    lines = str(said).strip().splitlines()
+    told = lines[-1] if lines[0].startswith("Exception thrown in SimpleITK") else lines[0]
+    return told.removeprefix("sitk::ERROR: ").rstrip(".")[:limit]
 
 
 def _sentence(error: BaseException | None) -> str | None:

@@ -2,6 +2,7 @@
 
 Everything that this package writes goes through here: the bytes go to a ``.part`` file beside the
 target, which a rename then puts in place, so a killed writer leaves the old file or the new one.
+A folder is replaced by two renames: a writer killed between them leaves neither.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ def replacing(
 
     Args:
         path: The target; a link is followed.
-        keep_existing: Of several writers, the first one's file stays.
+        keep_existing: Keep the file of the first of several writers.
         failures: What a library raises, besides ``OSError``, where it cannot write.
 
     Raises:
         UserError: If it cannot be written; the target is as it was.
     """
     path = path.resolve()
-    part = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_numbers)}.part")
+    part = _part_beside(path)
+    expected: tuple[type[Exception], ...] = (OSError, *failures)
     _in_progress.add(part.name)
     try:
         yield part
         _put_in_place(part, path, keep_existing)
-    except (OSError, *failures) as error:
+    except expected as error:
         raise unwritable(path, error) from error
     finally:
         _remove(part)
@@ -65,7 +67,7 @@ def write_bytes(path: Path, data: bytes, keep_existing: bool = False) -> None:
     Args:
         path: The file.
         data: Its bytes.
-        keep_existing: Of several writers, the first one's file stays.
+        keep_existing: Keep the file of the first of several writers.
 
     Raises:
         UserError: If it cannot be written (folder not writable, disk full).
@@ -98,10 +100,11 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file; the target exists whole or not at all.
 
     Raises:
+        OSError: If the source cannot be opened.
         UserError: If the target cannot be written.
     """
-    with replacing(target) as part:
-        shutil.copyfile(source, part)
+    with source.open("rb") as file, replacing(target) as part, part.open("wb") as copy:
+        shutil.copyfileobj(file, copy, _BLOCK)
 
 
 def existing(path: str | os.PathLike[str]) -> Path | None:
@@ -114,14 +117,14 @@ def existing(path: str | os.PathLike[str]) -> Path | None:
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Delete what killed writers left half written in a folder; what is being written stays."""
+    """Delete what killed writers left in a folder, but not what is still being written."""
     for part in folder.glob("*.part"):
         if is_leftover(part):
             _remove(part)
 
 
 def is_leftover(part: Path) -> bool:
-    """Return whether nobody writes this ``.part`` any more.
+    """Return whether the writer of this ``.part`` is gone.
 
     On this machine its process tells; of another machine's only its age is known.
     """
@@ -146,7 +149,7 @@ def is_leftover(part: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file, none if it is missing; a line that a kill tore is left out.
+    """Return the rows of a JSONL file, none if it is missing; skip a line that a kill tore.
 
     Args:
         path: One JSON object a line.
@@ -168,13 +171,18 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a JSONL file.
+    """Append a row to a JSONL file, on a line of its own also where a kill tore the last one.
 
     Raises:
         OSError: If it cannot be written.
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps(row)}\n")
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read(1) != b"\n"
+        else:
+            is_torn = False
+        file.write(b"\n" * is_torn + json.dumps(row).encode() + b"\n")
 
 
 def sha256(data: bytes) -> str:
@@ -195,11 +203,13 @@ def file_sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def _part_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_numbers)}.part")
+
+
 def _put_in_place(part: Path, path: Path, keep_existing: bool) -> None:
     if part.is_dir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        part.replace(path)
+        _replace_folder(part, path)
     else:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
@@ -210,6 +220,21 @@ def _put_in_place(part: Path, path: Path, keep_existing: bool) -> None:
                 shutil.copymode(path, part)
             part.replace(path)
     _sync_folder(path.parent)
+
+
+def _replace_folder(part: Path, path: Path) -> None:
+    """Rename the old folder away first: a rename replaces files only, and deleting takes time."""
+    if not path.is_dir():
+        part.replace(path)
+        return
+    old = _part_beside(path)
+    path.replace(old)
+    try:
+        part.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    _remove(old)
 
 
 def _link(part: Path, path: Path) -> None:

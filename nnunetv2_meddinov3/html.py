@@ -38,12 +38,12 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; numbers stand at the right, the first column at the left.
+    """A table with right-aligned numbers and a left-aligned first column.
 
     Attributes:
         head: Names of the columns, empty for a table without a head.
         rows: Cells, turned to text; a row may have any length.
-        text: Whether all columns hold words, which stand at the left.
+        text: Whether all columns hold words, which are left-aligned.
         last_is_total: Whether the last row is set in bold.
     """
 
@@ -87,7 +87,7 @@ Block = Text | Items | Table | Picture | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what follows it."""
 
     title: str
     blocks: Sequence[Block] = field(default_factory=tuple)
@@ -98,7 +98,7 @@ def render(title: str, blocks: Sequence[Block], sections: Sequence[Section]) -> 
 
     Args:
         title: Of the page.
-        blocks: What stands under it, before the first section.
+        blocks: What comes before the first section.
         sections: The rest, in order.
     """
     return _page.render(title=title, blocks=blocks, sections=sections)

@@ -10,20 +10,20 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Follows a job over a known number of units.
+    """Follows a job over a number of units.
 
     Args:
-        total: Units in all.
+        total: Units in all; None where that is not known.
         unit: What is counted, in the plural, such as ``"volumes"``.
-        title: What is done; stands before each line and the bar.
-        every: Units between two lines where ``stream`` is no terminal; the last always gets one.
-        done: Units that were done in an earlier run.
+        title: What is done; written before each line and the bar.
+        every: Units between two lines where ``stream`` is not a terminal; the last always gets one.
+        done: Units done in an earlier run.
         stream: Where to write; None writes nothing.
     """
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         unit: str,
         *,
         title: str = "",
@@ -63,7 +63,8 @@ class Progress:
 
     def line(self, facts: str = "") -> str:
         """Return how far the job is, in one line."""
-        parts = [f"{self.done}/{self.total} {self.unit}", facts, f"{self._time_left()} left"]
+        total = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.done}{total} {self.unit}", facts, self._time_left()]
         return (f"{self.title}: " if self.title else "") + ", ".join(filter(None, parts))
 
     def say(self, text: str) -> None:
@@ -91,7 +92,9 @@ class Progress:
         self.close()
 
     def _time_left(self) -> str:
-        """Hours, minutes and seconds, at the mean rate of this run."""
+        """Return hours, minutes and seconds at the mean rate of this run, if a total is known."""
+        if self.total is None:
+            return ""
         rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
         seconds = round((self.total - self.done) / rate) if rate else 0
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

@@ -18,7 +18,6 @@ from nnunetv2_meddinov3.errors import UserError, first_line
 
 _WANTED = "a raw dataset of nnU-Net is a folder DatasetXXX_Name with dataset.json and images"
 IGNORE = "ignore"  # nnU-Net's name of the label whose voxels count nowhere
-BACKGROUND = "background"
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,14 @@ class RawDataset:
 
     Attributes:
         folder: The dataset.
-        ending: File ending of images and labels; empty where it is not said (Decathlon).
+        ending: File ending of images and labels; empty where none is given (Decathlon).
         channel_names: Number of a channel -> its name, which tells the modality.
         labels: Name -> the values that belong to it, one or those of a region, in the order of
             dataset.json, without background and ignore.
         ignore: Value of the ignore label, None without one.
-        entries: Case -> paths of its channels and of its label (None: not said), where
+        reader: Name of the reader of nnU-Net that dataset.json asks for, None where it asks for
+            none.
+        entries: Case -> paths of its channels and of its label (None if not given), where
             dataset.json lists them itself.
     """
 
@@ -41,6 +42,7 @@ class RawDataset:
     channel_names: dict[int, str]
     labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignore: int | None = None
+    reader: str | None = None
     entries: dict[str, tuple[tuple[Path, ...], Path | None]] = field(default_factory=dict)
 
     @property
@@ -51,17 +53,21 @@ class RawDataset:
     def images(self, part: str = "imagesTr") -> dict[str, dict[int, Path]]:
         """Return case -> channel -> file of a part, both sorted.
 
-        The training cases are those that dataset.json lists, if it does so; otherwise, and in
+        The training cases are those that dataset.json lists, if it lists any; otherwise, and in
         other parts, the files ``CASE_0000.ending`` of the folder.
         """
         if part == "imagesTr" and self.entries:
             return {case: dict(enumerate(e[0])) for case, e in sorted(self.entries.items())}
+        return self.images_in(self.folder / part)
+
+    def images_in(self, folder: Path) -> dict[str, dict[int, Path]]:
+        """Return case -> channel -> file ``CASE_0000.ending`` of any folder, both sorted."""
         pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(self.ending)}")
         cases: dict[str, dict[int, Path]] = {}
-        for path in sorted((self.folder / part).glob("*")):
+        for path in sorted(folder.glob("*")):
             if match := pattern.fullmatch(path.name):
                 cases.setdefault(match[1], {})[int(match[2])] = path
-        return cases
+        return dict(sorted(cases.items()))
 
     def split_name(self, name: str, endings: Sequence[str] = ()) -> tuple[str, int] | None:
         """Return case and channel of an image's file name, None if nnU-Net names no image so.
@@ -80,9 +86,8 @@ class RawDataset:
 
     def label(self, case: str, part: str = "labelsTr") -> Path:
         """Return the label file of a case, which need not exist."""
-        if part == "labelsTr" and case in self.entries and self.entries[case][1] is not None:
-            return self.entries[case][1]
-        return self.folder / part / f"{case}{self.ending}"
+        listed = self.entries.get(case, ((), None))[1] if part == "labelsTr" else None
+        return listed or self.folder / part / f"{case}{self.ending}"
 
 
 def open_raw_dataset(folder: Path | str) -> RawDataset:
@@ -142,49 +147,69 @@ def _checked(folder: Path, content: dict[str, Any]) -> RawDataset:
 def foreground_labels(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name -> values of the ``labels`` of a dataset.json, without background and ignore.
 
+    As in nnU-Net, the background is what has the value 0, whatever its name, and the ignore label
+    is what is called ``ignore``.
+
     Args:
         labels: Name -> value or list of values (a region), as nnU-Net 2 wants it, or value -> name
             as the Decathlon has it.
 
     Raises:
-        ValueError: If a value is no whole number.
+        ValueError: If a value is not a whole number.
     """
     return {
         name: values
         for name, values in _by_name(labels).items()
-        if name.lower() not in (BACKGROUND, IGNORE) and values != (0,)
+        if name != IGNORE and set(values) != {0}
     }
 
 
 def _by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    if labels and all(isinstance(name, str) for name in labels.values()):
-        labels = {name: int(value) for value, name in labels.items()}
+    if all(isinstance(name, str) and value.isdecimal() for value, name in labels.items()):
+        labels = {name: value for value, name in labels.items()}  # the Decathlon's
     return {
-        str(name): tuple(map(int, value)) if isinstance(value, list | tuple) else (int(value),)
+        str(name): tuple(map(_whole, value if isinstance(value, list | tuple) else [value]))
         for name, value in labels.items()
     }
 
 
+def _whole(value: Any) -> int:
+    if int(value) != float(value):
+        raise ValueError(f"the label value {value!r} is not a whole number")
+    return int(value)
+
+
 def _parse(folder: Path, content: dict[str, Any]) -> RawDataset:
     labels = content.get("labels", {})
+    channels = content.get("channel_names", content.get("modality", {}))
     ignore = _by_name(labels).get(IGNORE)
     return RawDataset(
         folder=folder,
-        ending=str(content.get("file_ending", "")),
-        channel_names={
-            int(number): str(name)
-            for number, name in content.get("channel_names", content.get("modality")).items()
-        },
+        ending=_text(content.get("file_ending", "")),
+        channel_names={int(number): str(name) for number, name in channels.items()},
         labels=foreground_labels(labels),
         ignore=ignore[0] if ignore else None,
+        reader=content.get("overwrite_image_reader_writer"),
         entries={
             str(case): (
-                tuple(_place(folder, image) for image in entry["images"]),
+                tuple(_place(folder, image) for image in _list(entry["images"])),
                 _place(folder, entry["label"]) if entry.get("label") else None,
             )
             for case, entry in content.get("dataset", {}).items()
         },
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return value
 
 
 def _place(folder: Path, path: str) -> Path:

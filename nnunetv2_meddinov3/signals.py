@@ -16,7 +16,7 @@ class Stop:
     Outside the main thread, which alone may handle signals, nothing is noted.
 
     Attributes:
-        number: The signal that came first, None so far.
+        number: The first signal that came, None before it.
     """
 
     def __init__(self) -> None:
@@ -47,5 +47,5 @@ def leave_stopping_to_the_parent() -> None:
 
 
 def _numbers() -> list[int]:
-    """Those that this system has: Windows lacks SIGUSR1."""
+    """Return those that this system has: Windows lacks SIGUSR1."""
     return [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]

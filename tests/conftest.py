@@ -13,6 +13,8 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+from pathlib import Path  # noqa: E402
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import SimpleITK as sitk  # noqa: E402
@@ -28,6 +30,29 @@ install_import_hook(
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder ../shared with real CT in its data/; without it the test is skipped."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the real CT of ../shared/data, which is not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data(shared):
+    """The folder ../shared/data."""
+    return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The CUDA device; without one the test is skipped."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ ROOT = Path(cli.__file__).parents[1]
 
 
 def meddinov3(*arguments, flags=(), **variables):
-    """Runs the command line in a process of its own, from the checkout."""
+    """Run the command line in a process of its own, from the checkout."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | variables
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, *flags, "-m", "nnunetv2_meddinov3", *arguments]
@@ -111,6 +111,21 @@ def test_a_mistake_of_the_user_leaves_as_it_is(verb):
         cli.main(["probe"])
 
 
+def test_a_mistake_of_the_user_that_an_import_finds_leaves_as_it_is_too(verb):
+    verb(
+        "from nnunetv2_meddinov3.errors import UserError\n"
+        "raise UserError('MEDDINOV3_SIZE must be even, got 7.')\n"
+    )
+    with pytest.raises(UserError, match=r"^MEDDINOV3_SIZE must be even, got 7\.$"):
+        cli.main(["probe"])
+
+
+def test_a_mistake_of_the_user_in_a_process_is_one_sentence_and_exit_code_1():
+    run = meddinov3("demo", "--raw", "nowhere", MEDDINOV3_ITERATIONS="many")
+    assert run.returncode == 1
+    assert run.stderr == "MEDDINOV3_ITERATIONS must be a whole number of at least 1, got 'many'.\n"
+
+
 def test_a_verb_that_cannot_be_imported_is_explained(verb):
     verb("import no_such_package_xyz\n")
     with pytest.raises(UserError, match=r"no_such_package_xyz.*doctor"):
@@ -135,17 +150,17 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
         "def flood(argv):\n    for _ in range(100000): print('a line of the report')\n"
         "cli.print_ext_path = flood\nsys.exit(cli.main(['ext-path']))\n"
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=30) == 1
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=30) == 1
 
 
 def test_a_broken_pipe_that_is_not_stdout_is_not_hidden(verb):

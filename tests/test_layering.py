@@ -1,53 +1,67 @@
+"""What may import what: read from the source text, lazy and string imports included."""
+
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from nnunetv2_meddinov3 import cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nnunetv2_meddinov3"
 OURS = PACKAGE.name
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 STANDARD = {"os", "sys", "importlib"}
+MAX_LINES = 400
 
-# What each part of the package must not import, at the top of a module or inside a function.
-UPPER = [f"{OURS}.{name}" for name in ("cli", "demo", "demo_data", "doctor", "steps")]
-NNUNET_SIDE = [
-    f"{OURS}.{name}"
-    for name in ("trainers", "fine_tuning", "planning", "planning_cli", "prediction")
-]
-FORBIDDEN = {
-    "models": ["nnunetv2", f"{OURS}.pretrain", f"{OURS}.evaluation", *NNUNET_SIDE, *UPPER],
-    "pretrain": ["nnunetv2", f"{OURS}.evaluation", *NNUNET_SIDE, *UPPER],
-    "trainers": [f"{OURS}.pretrain", f"{OURS}.evaluation", *UPPER],
-    "fine_tuning.py": [f"{OURS}.pretrain", f"{OURS}.evaluation", *UPPER],
-    "planning.py": [f"{OURS}.pretrain", f"{OURS}.evaluation", *UPPER],
-    "planning_cli.py": [f"{OURS}.pretrain", f"{OURS}.evaluation", *UPPER],
-    "prediction.py": [f"{OURS}.pretrain", f"{OURS}.evaluation", *UPPER],
-    "evaluation": [f"{OURS}.pretrain", *NNUNET_SIDE, *UPPER],
-    "errors.py": [OURS],
-    "settings.py": [
-        "nnunetv2",
-        "torch",
-        f"{OURS}.models",
-        f"{OURS}.pretrain",
-        *NNUNET_SIDE,
-        *UPPER,
-    ],
-    "phantom.py": ["nnunetv2", f"{OURS}.models", f"{OURS}.pretrain", *NNUNET_SIDE, *UPPER],
+# A room is a folder of the package or a file at its top. What of ours each may import, besides
+# itself and the version:
+SHARED = {"errors", "files", "progress", "html", "signals", "raw_dataset", "settings"}
+NNUNET_SIDE = {"trainers", "fine_tuning", "planning", "planning_cli"}
+MAY_IMPORT = {
+    "__init__": set(),
+    **dict.fromkeys(SHARED, SHARED),
+    "store": SHARED,
+    "curate": SHARED | {"store"},
+    "models": SHARED,
+    "pretrain": SHARED | {"store", "models"},
+    **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery"}),
+    "evaluation": SHARED,
+    "demo": SHARED | {"evaluation", "planning"},
+    "discovery": SHARED,
+    "ext": {"discovery"},
+    "doctor": SHARED | {"cli", "discovery", "models"},
+    "cli": SHARED | {"discovery"},
+    "__main__": {"cli"},
 }
-# Nothing stands above these; what they may import at module level is said further down.
-UPPERMOST = {
-    "__init__.py",
-    "__main__.py",
-    "cli.py",
-    "demo.py",
-    "demo_data.py",
-    "discovery.py",
-    "doctor.py",
-    "ext",
-    "steps.py",
+# Which of the large libraries each must not import, at the top of a module or inside a function.
+NETWORKS = {"torch", "torchvision", "timm"}
+MUST_NOT_IMPORT = {
+    **{room: {"nnunetv2", *NETWORKS} for room in ("__init__", *SHARED, "store", "curate")},
+    "models": {"nnunetv2"},
+    "pretrain": {"nnunetv2"},
 }
+# Imports that a table or a variable names, each with the reason why a plain import will not do.
+BY_NAME = {
+    "cli.py": (
+        {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
+        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli")}
+        | {"nnunetv2.run", "nnunetv2.inference", "import_module(module_name)"},
+        "a table of verbs, each imported only when it is asked for",
+    ),
+    "discovery.py": (
+        {f"{OURS}.trainers", f"{OURS}.planning", "import_module(module_name)"}
+        | {"nnunetv2.training", "nnunetv2.experiment_planning"},
+        "a table of our names, and of the modules of nnU-Net that answer to them",
+    ),
+    "models/__init__.py": (
+        {"import_module(_PUBLIC[name])"},
+        "the public names, imported when they are asked for, so that a part needs no other",
+    ),
+}
+_DOTTED = re.compile(rf"(?:{OURS}|nnunetv2)(?:\.\w+)+(?::\w+)?")
 
 
 def imports(path, top_level_only=False):
@@ -60,35 +74,148 @@ def imports(path, top_level_only=False):
             yield from (f"{'.' * node.level}{node.module or ''}.{a.name}" for a in node.names)
 
 
-def breaches(names, forbidden):
-    return [n for n in names if any(f"{n}.".startswith(f"{prefix}.") for prefix in forbidden)]
+def string_imports(path):
+    """What a source file imports, or may import, by a text that names a module.
+
+    That is every text such as ``package.module:function`` that is not a docstring, and every call
+    of ``import_module`` or ``__import__``; one with anything but a text gives the call itself.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in documentation and _DOTTED.fullmatch(node.value):
+                yield node.value.replace(":", ".")
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name in ("import_module", "__import__"):
+                what = node.args[0] if node.args else node
+                is_text = isinstance(what, ast.Constant) and isinstance(what.value, str)
+                yield what.value if is_text else f"import_module({ast.unparse(what)})"
 
 
-def rule_for(path):
-    part = path.relative_to(PACKAGE).parts[0]
-    return FORBIDDEN.get(part, [])
+def starts_with(name, prefixes):
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def breaches(names, room):
+    """Those of the imported names that a room must not import."""
+    allowed = {room, "__version__", *MAY_IMPORT[room]}
+    for name in names:
+        first, *rest = name.split(".")
+        if (
+            (first == OURS and (not rest or rest[0] not in allowed))
+            or first in MUST_NOT_IMPORT.get(room, ())
+            or first.startswith("import_module(")
+            or first == ""
+        ):
+            yield name
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def breaches_of(path, package=PACKAGE):
+    relative = path.relative_to(package)
+    declared = BY_NAME.get(relative.as_posix(), (set(), ""))[0]
+    by_name = [name for name in string_imports(path) if not starts_with(name, declared)]
+    return list(breaches([*imports(path), *by_name], relative.parts[0].removesuffix(".py")))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_import_downwards_and_absolutely(path):
-    names = list(imports(path))
-    assert breaches(names, rule_for(path)) == []
-    assert [name for name in names if name.startswith(".")] == []
+    assert breaches_of(path) == []
 
 
-def test_the_rule_sees_what_it_must_see(tmp_path):
-    (tmp_path / "m.py").write_text(
-        f"import nnunetv2.run\ndef f():\n    from {OURS} import trainers\n    from . import x\n"
-    )
-    names = list(imports(tmp_path / "m.py"))
-    assert breaches(names, FORBIDDEN["models"]) == ["nnunetv2.run", f"{OURS}.trainers"]
-    assert "..x" in names
-    assert breaches(["nnunetv2_meddinov3.models"], ["nnunetv2"]) == []
+FORBIDDEN = [
+    ("models", "import nnunetv2.run", "nnunetv2.run"),
+    ("models", f"from {OURS}.pretrain import heads", f"{OURS}.pretrain.heads"),
+    ("models", f"def f():\n    from {OURS} import trainers", f"{OURS}.trainers"),
+    ("models", "from . import x", "..x"),
+    ("pretrain", f"import {OURS}.curate.slices", f"{OURS}.curate.slices"),
+    ("pretrain", f"from {OURS}.trainers import x", f"{OURS}.trainers.x"),
+    ("trainers", f"from {OURS} import pretrain", f"{OURS}.pretrain"),
+    ("curate", "import torch.nn", "torch.nn"),
+    ("curate", f"from {OURS}.models.build import x", f"{OURS}.models.build.x"),
+    ("curate", f"from {OURS}.pretrain.views import x", f"{OURS}.pretrain.views.x"),
+    ("store", f"from {OURS}.curate import x", f"{OURS}.curate.x"),
+    ("store", "from timm import layers", "timm.layers"),
+    ("evaluation", f"from {OURS}.demo import report", f"{OURS}.demo.report"),
+    ("files.py", f"from {OURS}.store import x", f"{OURS}.store.x"),
+    ("errors.py", "import torch", "torch"),
+    ("models", f"import {OURS}", OURS),
+    ("models", f"TABLE = {{'a': '{OURS}.pretrain.train:main'}}", f"{OURS}.pretrain.train.main"),
+    ("models", "load = importlib.import_module('nnunetv2.run')", "nnunetv2.run"),
+    ("store", "torch = import_module('torch')", "torch"),
+    ("store", "torch = __import__('torch')", "torch"),
+    ("models", "importlib.import_module(name)", "import_module(name)"),
+    ("models", "import_module(f'{a}.b')", "import_module(f'{a}.b')"),
+    ("cli.py", f"V = '{OURS}.fine_tuning:main'", f"{OURS}.fine_tuning.main"),
+]
 
 
-def test_every_part_of_the_package_has_a_rule():
-    parts = {path.relative_to(PACKAGE).parts[0] for path in SOURCES}
-    assert parts - set(FORBIDDEN) - UPPERMOST == set()
+@pytest.mark.parametrize(("place", "line", "name"), FORBIDDEN, ids=lambda value: str(value)[:60])
+def test_the_rule_sees_what_it_must_see(place, line, name, tmp_path):
+    path = tmp_path / (place if place.endswith(".py") else f"{place}/m.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{line}\n")
+    assert set(breaches_of(path, tmp_path)) == {name}
+
+
+ALLOWED = [
+    ("models", f'"""Used by {OURS}.pretrain."""'),
+    ("models", f'"""{OURS}.pretrain"""'),
+    ("models", f'a = 1\n"""{OURS}.pretrain"""'),
+    ("models", f"from {OURS} import __version__"),
+    ("models", f"from {OURS}.models import build\nimport torch, timm"),
+    ("models", "a = 'nnunetv2_meddinov3'\nb = 'the nnunetv2.run module'"),
+    ("models", f"importlib.import_module('{OURS}.models.weights')"),
+    ("pretrain", f"from {OURS}.store.reader import SliceStore\nimport nnunetv2x"),
+    ("demo", f"from {OURS}.evaluation import dice\nimport nnunetv2.run"),
+    ("cli.py", f"V = '{OURS}.store.cli:main'"),
+]
+
+
+@pytest.mark.parametrize(("place", "line"), ALLOWED, ids=lambda value: str(value)[:60])
+def test_the_rule_lets_pass_what_it_must_let_pass(place, line, tmp_path):
+    path = tmp_path / (place if place.endswith(".py") else f"{place}/m.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{line}\n")
+    assert breaches_of(path, tmp_path) == []
+
+
+def test_every_room_has_a_rule_and_every_rule_a_room():
+    rooms = {room_of(path) for path in SOURCES}
+    assert rooms == set(MAY_IMPORT)
+    assert set(MUST_NOT_IMPORT) <= rooms
+    assert set().union(*MAY_IMPORT.values()) <= rooms
+
+
+def test_no_two_rooms_import_each_other():
+    for room, others in MAY_IMPORT.items():
+        peers = SHARED if room in SHARED else NNUNET_SIDE if room in NNUNET_SIDE else {room}
+        for other in others - peers:
+            assert room not in MAY_IMPORT[other]
+
+
+@pytest.mark.parametrize("place", BY_NAME)
+def test_every_declared_import_by_name_is_there_and_has_a_reason(place):
+    declared, reason = BY_NAME[place]
+    found = list(string_imports(PACKAGE / place))
+    assert reason
+    assert [name for name in declared if not any(starts_with(f, {name}) for f in found)] == []
+
+
+def test_no_two_modules_have_one_name():
+    repeatable = {"__init__", "__main__", "cli", "report"}
+    names = [path.stem for path in SOURCES if path.stem not in repeatable]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_too_long_to_read(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 def test_what_every_interpreter_loads_at_start_imports_next_to_nothing():
@@ -98,14 +225,37 @@ def test_what_every_interpreter_loads_at_start_imports_next_to_nothing():
     assert set(imports(PACKAGE / "discovery.py", top_level_only=True)) == {"os", "sys"}
 
 
-@pytest.mark.parametrize("name", ["__main__.py", "cli.py", "demo.py", "doctor.py", "steps.py"])
+# What `meddinov3 VERB --help` waits for: the module of each verb, and what those import at the top.
+LIGHT = [
+    *("__init__", "__main__", "cli", "discovery", "errors", "settings", "files", "progress"),
+    *("signals", "raw_dataset", "demo.commands", "demo.data"),
+    *(
+        verb.target.split(":")[0].removeprefix(f"{OURS}.")
+        for verb in cli.VERBS.values()
+        if verb.stands_for is None
+    ),
+]
+ROOMS_OF_VERBS = sorted({name.rpartition(".")[0] for name in LIGHT} - {""})
+LIGHT_LIBRARIES = {"tqdm"}
+
+
+@pytest.mark.parametrize("name", [*LIGHT, *(f"{room}.__init__" for room in ROOMS_OF_VERBS)])
 def test_the_command_line_imports_nothing_heavy_at_module_level(name):
-    for imported in imports(PACKAGE / name, top_level_only=True):
+    path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+    for imported in imports(path, top_level_only=True):
         top = imported.split(".")[0]
-        assert top in sys.stdlib_module_names or top == OURS
-        part = imported.removeprefix(f"{OURS}.").split(".")[0]
-        light = {"__version__", "errors", "settings"} | {Path(other).stem for other in UPPERMOST}
-        assert top != OURS or part in light
+        assert top in sys.stdlib_module_names | LIGHT_LIBRARIES | {OURS}
+        ours = imported.removeprefix(f"{OURS}.")
+        assert top != OURS or ours == "__version__" or starts_with(ours, LIGHT)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "trainers"])
+def test_the_links_at_the_top_lead_into_the_package(name):
+    link = ROOT / name
+    if not link.is_symlink():
+        pytest.skip("this checkout is on a system without links")
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == (PACKAGE / name).resolve()
 
 
 def test_no_module_is_a_drawer_for_leftovers():
@@ -134,5 +284,5 @@ def shipped_texts():
         yield from (path for path in folder.rglob("*") if path.suffix in suffixes)
     names = ("Makefile", "NOTICE", ".gitignore", ".pre-commit-config.yaml", ".ci/run")
     for path in [*ROOT.glob("*.*"), *(ROOT / name for name in names)]:
-        if path.is_file():
+        if path.is_file() and path.name != ".git":  # a file in a worktree
             yield path

@@ -1,5 +1,6 @@
 """Runs other commands: each is shown, logged, followed, and explained if it fails."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -13,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.progress import Progress
 
 TAIL_LINES = 15  # of the log of a failed step
+_CLEAR = "\r\x1b[K"  # back to the start of the line, which is emptied
 
 
 def find_command(name: str) -> str:
-    """Path of an installed command, first beside this Python, then on PATH.
+    """Return the path of an installed command, first beside this Python, then on PATH.
 
     Raises:
         UserError: If there is none.
@@ -41,7 +44,7 @@ def run_step(
 ) -> None:
     """Echo a command, run it to its end and show how far it is.
 
-    On a terminal one line is redrawn; elsewhere only finished epochs are printed.
+    On a terminal a line or a bar is redrawn; elsewhere only finished epochs are printed.
 
     Args:
         title: What the step does, for the reader.
@@ -56,10 +59,10 @@ def run_step(
     executable = find_command(command[0])
     print(f"\n{title}\n  $ {shlex.join(command)}", flush=True)
     start = time.monotonic()
-    display = _Display(training_folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     with (
+        contextlib.closing(_Display(training_folder)) as display,
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
             [executable, *command[1:]],
@@ -73,6 +76,7 @@ def run_step(
         ) as process,
     ):
         try:
+            assert process.stdout is not None
             for line in process.stdout:  # universal newlines: a redrawn progress bar is many lines
                 file.write(line)
                 file.flush()
@@ -82,7 +86,6 @@ def run_step(
         except BaseException:  # Ctrl-C must not leave a training behind
             process.terminate()
             raise
-    display.clear()
     if process.returncode != 0:
         lines = "\n".join(f"  | {line}" for line in tail)
         raise UserError(
@@ -93,33 +96,34 @@ def run_step(
 
 
 class _Display:
-    """One line that says how far a command is, drawn from what nnU-Net prints."""
+    """Shows how far a command is: a training's epochs, else the last line on a terminal."""
 
     def __init__(self, training_folder: Path | None) -> None:
         self._training_folder = training_folder
         self._redraw = sys.stdout.isatty()
-        self._epoch = 0
+        self._epochs: Progress | None = None
         self._facts: dict[str, str] = {}
 
     def show(self, line: str) -> None:
-        if self._training_folder is not None and self._note(line):
-            self._put(self._epoch_line(), lasting=not self._redraw)
-        elif self._training_folder is None or self._epoch == 0 or self._is_finished():
-            self._put("  " + line.strip(), lasting=False)
-
-    def clear(self) -> None:
-        if self._redraw:
-            print("\r\x1b[K", end="", flush=True)
-
-    def _put(self, text: str, lasting: bool) -> None:
-        if lasting:
-            print(text, flush=True)
+        if self._training_folder is not None and re.search(r": Epoch 0\s*$", line):
+            self.close()
+            total = _num_epochs(self._training_folder)
+            self._epochs = Progress(total, "epochs", title="  trained", stream=sys.stdout)
+        elif self._epochs is not None:
+            self._follow(line, self._epochs)
         elif self._redraw:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{text[:width]}", end="", flush=True)
+            print(f"{_CLEAR}{f'  {line.strip()}'[:width]}", end="", flush=True)
 
-    def _note(self, line: str) -> bool:
-        """Keep what a line of nnU-Net's training log says; whether it closes an epoch."""
+    def close(self) -> None:
+        if self._epochs is not None:
+            self._epochs.close()
+            self._epochs = None
+        elif self._redraw:
+            print(_CLEAR, end="", flush=True)
+
+    def _follow(self, line: str, epochs: Progress) -> None:
+        """Keep what a line of nnU-Net's training log says, until one closes an epoch."""
         if loss := re.search(r"train_loss (\S+)", line):
             self._facts["loss"] = loss[1]
         elif "Pseudo dice [" in line:
@@ -128,26 +132,15 @@ class _Display:
                 self._facts["pseudo Dice"] = f"{sum(per_class) / len(per_class):.3f}"
         elif seconds := re.search(r"Epoch time: (\S+) s", line):
             self._facts["s per epoch"] = seconds[1]
-            self._epoch += 1
-            return True
-        return False
+            epochs.advance(", ".join(f"{name} {value}" for name, value in self._facts.items()))
+            if epochs.done == epochs.total:  # nnU-Net goes on to validate
+                self.close()
 
-    def _epoch_line(self) -> str:
-        total = self._num_epochs()
-        facts = "  ".join(f"{name} {value}" for name, value in self._facts.items())
-        if total is None:
-            return f"  epoch {self._epoch}  {facts}"
-        filled = 24 * self._epoch // total
-        bar = f"[{'#' * filled}{'.' * (24 - filled)}] " if self._redraw else ""
-        return f"  {bar}epoch {self._epoch}/{total}  {facts}"
 
-    def _is_finished(self) -> bool:
-        return self._epoch == self._num_epochs()
-
-    def _num_epochs(self) -> int | None:
-        """Epochs of the running training, from the file in which nnU-Net describes its trainer."""
-        try:
-            description = json.loads((self._training_folder / "debug.json").read_text("utf-8"))
-            return int(description["num_epochs"])
-        except (OSError, ValueError, KeyError):
-            return None
+def _num_epochs(training_folder: Path) -> int | None:
+    """Return the epochs of the running training, from nnU-Net's description of its trainer."""
+    try:
+        description = json.loads((training_folder / "debug.json").read_text(encoding="utf-8"))
+        return int(description["num_epochs"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.demo.commands import find_command, run_step
-from nnunetv2_meddinov3.demo.data import check_raw, held_out_cases, prepare_out, read_dataset_json
+from nnunetv2_meddinov3.demo.data import check_raw, held_out_cases, prepare_out
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
 from nnunetv2_meddinov3.settings import check_variables, count_setting
 
 DEMO_TRAINER = "MedDINOv3Trainer_demo"
@@ -33,11 +34,11 @@ PHANTOM_NAME = "Dataset900_Phantom"
 _FEW_PROCESSES = {"nnUNet_def_n_proc": "1", "nnUNet_npp": "0", "nnUNet_nps": "0"}
 
 _PHANTOM_NOTE = (
-    "The images are a synthetic phantom that this package draws. The numbers say that the "
+    "The images are a synthetic phantom that this package draws. The numbers show that the "
     "installation works, from planning to prediction. They say nothing about accuracy on patients."
 )
 _RAW_NOTE = (
-    "This run says that the installation and this dataset work together. A run this short says "
+    "This run shows that the installation and this dataset work together. A run this short says "
     "nothing about the accuracy of a full training."
 )
 _TINY_NOTE = (
@@ -48,7 +49,7 @@ _TINY_NOTE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What nnU-Net's commands are told: names, device, and variables of the environment."""
+    """What nnU-Net's commands are given: names, device, and environment variables."""
 
     trainer: str = DEMO_TRAINER
     planner: str = "MedDINOv3Planner"
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         "MEDDINOV3_EPOCHS": str(arguments.epochs),
         "MEDDINOV3_ITERATIONS": str(iterations),
     }
-    if arguments.trainer == DEMO_TRAINER:  # any other recipe takes the backbone the user says
+    if arguments.trainer == DEMO_TRAINER:  # any other recipe takes the user's backbone
         variables["MEDDINOV3_BACKBONE"] = DEMO_BACKBONE
     recipe = Recipe(
         trainer=arguments.trainer,
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         device=_checked_device(arguments.device),
         variables=variables,
     )
-    run_demo(prepare_out(arguments.out, raw), raw, recipe)
+    run_demo(prepare_out(arguments.out, raw.folder if raw else None), raw, recipe)
     return 0
 
 
@@ -105,14 +106,15 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("meddinov3_demo"),
-        help="folder for all that is written; an earlier demo in it is replaced "
+        help="folder for everything that the demo writes; an earlier demo in it is replaced "
         "(default: ./meddinov3_demo)",
     )
     add(
         "--raw",
         type=Path,
-        help="your own raw dataset (a folder DatasetXXX_Name), which is only read; measured are "
-        "imagesTs if it has labelsTs, else fold 0's validation cases (default: synthetic CT)",
+        help="your own raw dataset (a folder DatasetXXX_Name), which is only read; Dice is "
+        "measured on imagesTs if it has labelsTs, else on fold 0's validation cases (default: "
+        "synthetic CT)",
     )
     add("--size", help=f"input of the network in pixels (default: {DEFAULT_SIZE})")
     add(
@@ -165,12 +167,12 @@ def _checked_device(device: str) -> str:
     return device
 
 
-def run_demo(out: Path, raw: Path | None, recipe: Recipe) -> dict[str, dict[str, float]]:
+def run_demo(out: Path, raw: RawDataset | None, recipe: Recipe) -> dict[str, dict[str, float]]:
     """Run the demo in a prepared folder.
 
     Args:
         out: Empty folder; all that is written goes there.
-        raw: Raw dataset of the user's, or None for the phantom.
+        raw: The user's raw dataset, or None for the phantom.
         recipe: What to train.
 
     Returns:
@@ -183,14 +185,10 @@ def run_demo(out: Path, raw: Path | None, recipe: Recipe) -> dict[str, dict[str,
     note = (_PHANTOM_NOTE if raw is None else _RAW_NOTE) + (
         _TINY_NOTE if recipe.trainer == DEMO_TRAINER else ""
     )
-    if raw is None:
-        from nnunetv2_meddinov3.demo.phantom import write_phantom_dataset
-
-        raw = out / "nnUNet_raw" / PHANTOM_NAME
-        print(f"Drawing synthetic abdominal CTs in {raw}", flush=True)
-        write_phantom_dataset(raw)
+    dataset = _draw_phantoms(out / "nnUNet_raw" / PHANTOM_NAME) if raw is None else raw
+    name = dataset.folder.name
     folders = {
-        "nnUNet_raw": raw.parent,
+        "nnUNet_raw": dataset.folder.parent,
         "nnUNet_preprocessed": out / "nnUNet_preprocessed",
         "nnUNet_results": out / "nnUNet_results",
     }
@@ -200,37 +198,47 @@ def run_demo(out: Path, raw: Path | None, recipe: Recipe) -> dict[str, dict[str,
     print("\n".join(f"  {line}" for line in exports))
 
     predictions = out / "predictions"
-    commands = _plan_and_train(out, raw, recipe, variables)
-    held_out = held_out_cases(raw, folders["nnUNet_preprocessed"] / raw.name, out / "held_out")
-    commands += [_predict(out, raw, recipe, variables, held_out.images, predictions)]
+    commands = _plan_and_train(out, name, recipe, variables)
+    preprocessed = folders["nnUNet_preprocessed"] / name
+    held_out = held_out_cases(dataset, preprocessed, out / "held_out")
+    commands += [_predict(out, name, recipe, variables, held_out.images, predictions)]
 
     print("\nMeasure", flush=True)
-    from nnunetv2_meddinov3.demo.report import dice_per_label, format_table, write_report
+    from nnunetv2_meddinov3.demo.report import write_report
+    from nnunetv2_meddinov3.evaluation.dice import dice_per_label, format_table
     from nnunetv2_meddinov3.evaluation.overlay import save_overlay
 
-    dataset_json = read_dataset_json(raw)
-    table = dice_per_label(predictions, held_out.labels, dataset_json)
-    images = held_out.first_channels(dataset_json)
+    table = dice_per_label(predictions, held_out.labels, dataset)
+    channels = dataset.images_in(held_out.images)
+    images = {case: files[min(files)] for case, files in channels.items()}
     overlay, page = out / "overlay.png", out / "report.html"
-    save_overlay(overlay, images, predictions, held_out.labels, dataset_json, table)
-    title = f"meddinov3 demo: {raw.name}"
+    save_overlay(overlay, images, predictions, held_out.labels, dataset, table)
+    title = f"meddinov3 demo: {name}"
     write_report(page, title, note, table, overlay, [*exports, *commands], _versions())
     print(f"\nDice of the held-out cases\n\n{format_table(table)}\n\n{note}\n")
     print(f"Picture  {overlay}\nReport   {page}\nDone in {time.monotonic() - start:.0f} s")
     return table
 
 
+def _draw_phantoms(folder: Path) -> RawDataset:
+    from nnunetv2_meddinov3.demo.phantom import write_phantom_dataset
+
+    print(f"Drawing synthetic abdominal CTs in {folder}", flush=True)
+    write_phantom_dataset(folder)
+    return open_raw_dataset(folder)
+
+
 def _plan_and_train(
-    out: Path, raw: Path, recipe: Recipe, variables: Mapping[str, str]
+    out: Path, name: str, recipe: Recipe, variables: Mapping[str, str]
 ) -> list[str]:
-    """Run the first two steps; returns the commands as typed."""
-    number = str(int(raw.name[7:10]))
+    """Run the first two steps on the dataset of a name; return the commands as typed."""
+    number = str(int(name[7:10]))
     plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", recipe.planner]
     plan += ["-c", recipe.configuration, "-np", "1", "-npfp", "1", "--verify_dataset_integrity"]
     train = ["nnUNetv2_train", number, recipe.configuration, "0", "-tr", recipe.trainer]
     train += ["-p", recipe.plans, "-device", recipe.device]
     model = f"{recipe.trainer}__{recipe.plans}__{recipe.configuration}"
-    fold = Path(variables["nnUNet_results"]) / raw.name / model / "fold_0"
+    fold = Path(variables["nnUNet_results"]) / name / model / "fold_0"
     # With 0 processes for augmentation a training starts at once, but a planner refuses it.
     environment = _environment(variables, augmentation_processes=1)
     run_step("[1/3] Plan and preprocess", plan, environment, out / "logs" / "1_plan.log")
@@ -241,15 +249,15 @@ def _plan_and_train(
 
 def _predict(
     out: Path,
-    raw: Path,
+    name: str,
     recipe: Recipe,
     variables: Mapping[str, str],
     images: Path,
     predictions: Path,
 ) -> str:
-    """Run the last step; returns the command as typed."""
+    """Run the last step; return the command as typed."""
     predict = ["nnUNetv2_predict", "-i", str(images), "-o", str(predictions)]
-    predict += ["-d", str(int(raw.name[7:10])), "-c", recipe.configuration, "-f", "0"]
+    predict += ["-d", str(int(name[7:10])), "-c", recipe.configuration, "-f", "0"]
     predict += ["-tr", recipe.trainer, "-p", recipe.plans, "-device", recipe.device]
     environment = _environment(variables, augmentation_processes=0)
     run_step("[3/3] Predict", predict, environment, out / "logs" / "3_predict.log")

@@ -7,8 +7,10 @@ the trunk's centre. It is a drawing, not a simulation of physics: what a network
 nothing about patients.
 """
 
+from __future__ import annotations
+
 import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.files import replacing, write_text
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "aorta": 4, "spine": 5}
 
@@ -45,6 +48,8 @@ AIR_HU = -1000.0
 NOISE_SD_HU = (12.0, 20.0)  # abdominal CT at slices of 3 to 5 mm
 POINT_SPREAD_MM = 1.2  # standard deviation of the in-plane blur
 TRUNK_MM = (158.0, 106.0)  # nominal half axes (x, y)
+
+_Millimetres = Sequence[float] | np.ndarray  # (x, y, z) or (x, y)
 
 DEFAULT_SHAPE = (24, 128, 128)
 DEFAULT_SPACING_MM = (6.0, 3.0, 3.0)
@@ -98,28 +103,28 @@ def write_phantom_dataset(
         spacing_mm: Voxel size along (z, y, x) in mm.
 
     Raises:
-        UserError: If ``folder`` exists.
+        UserError: If ``folder`` exists or cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
         raise UserError(
             f"The phantom needs a new folder, but {folder} exists; remove it or choose another."
         )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     parts = ["Tr"] * num_train + ["Ts"] * num_test
-    for index, part in enumerate(parts):
-        ct, labels = make_phantom(np.random.default_rng([seed, index]), shape, spacing_mm)
-        _write_nifti(ct, spacing_mm, partial / f"images{part}" / f"phantom_{index:03d}_0000.nii.gz")
-        _write_nifti(labels, spacing_mm, partial / f"labels{part}" / f"phantom_{index:03d}.nii.gz")
-    dataset = {
-        "channel_names": {"0": "CT"},
-        "labels": LABELS,
-        "numTraining": num_train,
-        "file_ending": ".nii.gz",
-    }
-    (partial / "dataset.json").write_text(json.dumps(dataset, indent=2), encoding="utf-8")
-    partial.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as new:
+        for index, part in enumerate(parts):
+            ct, labels = make_phantom(np.random.default_rng([seed, index]), shape, spacing_mm)
+            name = f"phantom_{index:03d}"
+            _write_nifti(ct, spacing_mm, new / f"images{part}" / f"{name}_0000.nii.gz")
+            _write_nifti(labels, spacing_mm, new / f"labels{part}" / f"{name}.nii.gz")
+        dataset = {
+            "channel_names": {"0": "CT"},
+            "labels": LABELS,
+            "numTraining": num_train,
+            "file_ending": ".nii.gz",
+        }
+        write_text(new / "dataset.json", json.dumps(dataset, indent=2))
 
 
 class _Patient:
@@ -171,7 +176,7 @@ class _Canvas:
         self.labels[where] = LABELS[label]
 
     def ellipsoid(
-        self, centre: tuple[float, ...], half_axes: tuple[float, ...], power: float = 2.0
+        self, centre: _Millimetres, half_axes: _Millimetres, power: float = 2.0
     ) -> np.ndarray:
         """Voxels inside an ellipsoid in mm; with two coordinates it is a cylinder along z."""
         distance = np.zeros(self.hu.shape)
@@ -211,7 +216,7 @@ def _draw_spine(canvas: _Canvas, rng: np.random.Generator) -> None:
 
 
 def _draw_organs(canvas: _Canvas, rng: np.random.Generator, cavity: np.ndarray) -> None:
-    def organ(centre: tuple[float, ...], half_axes: tuple[float, ...]) -> np.ndarray:
+    def organ(centre: _Millimetres, half_axes: _Millimetres) -> np.ndarray:
         """An ellipsoid a few mm off its nominal place and a few per cent off its size."""
         moved = np.add(centre, rng.normal(0, 3.0, len(centre)))
         return canvas.ellipsoid(
@@ -234,10 +239,9 @@ def _draw_organs(canvas: _Canvas, rng: np.random.Generator, cavity: np.ndarray) 
 
 def _draw_bowel(canvas: _Canvas, rng: np.random.Generator, cavity: np.ndarray) -> None:
     """Stomach and bowel loops where the cavity is free; gas lies above fluid (patient supine)."""
-    loops = [((48, -40, 36), (40, 32, 44))]
+    loops: list[tuple[_Millimetres, _Millimetres]] = [((48, -40, 36), (40, 32, 44))]
     for _ in range(rng.integers(16, 26)):
-        centre = rng.uniform([-105, -70, -85], [105, 5, 0])
-        loops.append((tuple(centre), tuple(rng.uniform(10, 26, 3))))
+        loops.append((rng.uniform([-105, -70, -85], [105, 5, 0]), rng.uniform(10, 26, 3)))
     for centre, half_axes in loops:
         free = cavity & (canvas.labels == 0) & (canvas.hu < 0)
         lumen = canvas.ellipsoid(centre, half_axes) & free

@@ -1,1 +1,1 @@
-"""What predictions are worth: Dice, pictures, reports."""
+"""What predictions are worth: Dice per label and pictures."""

@@ -7,17 +7,14 @@ import matplotlib
 import numpy as np
 import SimpleITK as sitk
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from matplotlib.lines import Line2D
 
-from nnunetv2_meddinov3.demo.report import (
-    DiceTable,
-    foreground_labels,
-    format_dice,
-    mean_of_known,
-    read_image,
-    voxels,
-)
+from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.evaluation.dice import DiceTable, format_dice, mean_of_known
+from nnunetv2_meddinov3.files import replacing
+from nnunetv2_meddinov3.raw_dataset import RawDataset
 
 ABDOMEN_WINDOW_HU = (50.0, 400.0)  # level, width
 MAX_CASES = 6
@@ -30,7 +27,7 @@ def save_overlay(
     images: Mapping[str, Path],
     prediction_folder: Path,
     label_folder: Path,
-    dataset_json: Mapping,
+    dataset: RawDataset,
     table: DiceTable,
 ) -> None:
     """Draw one slice of each case twice: with the contours of the reference and of the prediction.
@@ -43,19 +40,22 @@ def save_overlay(
         images: Case -> file of its first channel.
         prediction_folder: Label maps of the network.
         label_folder: Label maps of the reference.
-        dataset_json: The content of nnU-Net's dataset.json.
-        table: Dice of `report.dice_per_label`; its first `MAX_CASES` cases are drawn.
+        dataset: The raw dataset, which gives labels, file ending and modality.
+        table: Dice of ``dice_per_label``; its first ``MAX_CASES`` cases are drawn.
+
+    Raises:
+        UserError: If an image cannot be read or the picture cannot be written.
     """
     cases = list(table)[:MAX_CASES]
-    labels = foreground_labels(dataset_json)
+    labels = dataset.labels
     palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "gist_ncar"]
     spread = range(len(labels)) if len(labels) <= 10 else np.linspace(0.05, 0.95, len(labels))
-    colours = dict(zip(labels, map(palette, spread), strict=True))
-    is_ct = next(iter(dataset_json["channel_names"].values())).casefold() == "ct"
+    colours = {name: to_hex(palette(at)) for name, at in zip(labels, spread, strict=True)}
+    is_ct = next(iter(dataset.channel_names.values())).casefold() == "ct"
 
     figure = Figure(figsize=(9, 4.2 * len(cases) + 0.7), layout="constrained", facecolor="white")
     for case, axes in zip(cases, figure.subplots(len(cases), 2, squeeze=False), strict=True):
-        file_name = case + dataset_json["file_ending"]
+        file_name = case + dataset.ending
         image, reference, prediction = (
             _upright(read_image(file))
             for file in (
@@ -77,9 +77,30 @@ def save_overlay(
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
     )
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def read_image(path: Path) -> sitk.Image:
+    """Read an image or a label map.
+
+    Raises:
+        UserError: If SimpleITK cannot read the file.
+    """
+    try:
+        return sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} must be an image that SimpleITK reads, but: {first_line(error)}."
+        ) from error
+
+
+def voxels(image: sitk.Image) -> np.ndarray:
+    """Return voxels as (z, y, x); a 2D image is one slice, colours are averaged."""
+    array = sitk.GetArrayFromImage(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        array = array.mean(axis=-1)
+    return array if array.ndim == 3 else array[None]
 
 
 def _upright(image: sitk.Image) -> sitk.Image:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import sys
 
@@ -48,27 +49,55 @@ def test_a_step_shows_the_command_and_its_epochs_and_logs_everything(
     shown = capsys.readouterr().out.splitlines()
     assert shown[1:3] == ["Train", "  $ fake_nnunet 900 'a b'"]
     assert shown[3:5] == [
-        "  epoch 1/2  loss -0.1  pseudo Dice 0.500  s per epoch 3.25",
-        "  epoch 2/2  loss -0.2  pseudo Dice 0.500  s per epoch 3.25",
+        "  trained: 1/2 epochs, loss -0.1, pseudo Dice 0.500, s per epoch 3.25, 0:00:00 left",
+        "  trained: 2/2 epochs, loss -0.2, pseudo Dice 0.500, s per epoch 3.25, 0:00:00 left",
     ]
     assert shown[5].startswith("  done in")
     assert log.read_text().count("\n") == 9
     assert "hi ['900', 'a b']" in log.read_text()
 
 
-def test_on_a_terminal_one_line_is_redrawn(fake_command, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+def test_epochs_are_counted_where_nnunet_does_not_say_how_many(fake_command, tmp_path, capsys):
+    environment = {**os.environ, "GREETING": "hi"}
+    commands.run_step("Train", [fake_command(TRAINING)], environment, tmp_path / "log", tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[4] == "  trained: 2 epochs, loss -0.2, pseudo Dice 0.500, s per epoch 3.25"
 
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_bar_of_epochs_is_redrawn(fake_command, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     (tmp_path / "debug.json").write_text('{"num_epochs": "2"}')
     environment = {**os.environ, "GREETING": "hi"}
-    commands.run_step("Train", [fake_command(TRAINING)], environment, tmp_path / "log", tmp_path)
-    redrawn = terminal.getvalue().split("\r\x1b[K")
-    assert any(line.startswith("  [############............] epoch 1/2") for line in redrawn)
-    assert any(line.startswith("  [########################] epoch 2/2") for line in redrawn)
+    body = f"print('Unpacking')\n{TRAINING}"
+    commands.run_step("Train", [fake_command(body)], environment, tmp_path / "log", tmp_path)
+    redrawn = re.split(r"\r(?:\x1b\[K)?", terminal.getvalue())
+    assert "  Unpacking" in redrawn
+    assert any(re.match(r"  trained:\s+0%.* 0/2 ", line) for line in redrawn)
+    assert any(
+        re.match(r"  trained: 100%.* 2/2 .*loss -0\.2, pseudo Dice", line) for line in redrawn
+    )
+    assert "  hi []" in redrawn  # after the last epoch nnU-Net goes on, and its lines are shown
+    assert terminal.getvalue().count("\n") == 5  # blank, title, command, bar, done
+
+
+def test_on_a_terminal_a_step_without_epochs_shows_its_last_line(
+    fake_command, tmp_path, monkeypatch
+):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    body = "for case in range(3): print('case', case)"
+    commands.run_step("Predict", [fake_command(body)], os.environ, tmp_path / "log")
+    assert re.findall(r"\r\x1b\[K  (case \d)", terminal.getvalue()) == [
+        "case 0",
+        "case 1",
+        "case 2",
+    ]
     assert terminal.getvalue().count("\n") == 4  # blank, title, command, done
 
 

@@ -10,10 +10,10 @@ from nnunetv2_meddinov3.demo.data import (
     check_raw,
     held_out_cases,
     prepare_out,
-    training_images,
 )
 from nnunetv2_meddinov3.demo.phantom import write_phantom_dataset
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
 
 SMALL = {"shape": (4, 32, 32), "spacing_mm": (30.0, 12.0, 12.0)}
 
@@ -34,24 +34,6 @@ def test_an_earlier_demo_is_replaced_and_files_of_the_user_stay(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted([MARKER, "notes.txt"])
 
 
-def test_training_images_come_from_dataset_json_where_it_lists_them(tmp_path):
-    listed = {
-        "dataset": {"a": {"images": ["elsewhere/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"}}
-    }
-    assert training_images(tmp_path, listed) == {"a": [tmp_path / "elsewhere/a_0000.nii.gz"]}
-
-
-def test_all_channels_of_a_case_are_found(tmp_path):
-    (tmp_path / "imagesTr").mkdir()
-    for name in ("b_0001.png", "b_0000.png", "a_1_0000.png", "b.png", "b_0000.txt"):
-        (tmp_path / "imagesTr" / name).touch()
-    found = training_images(tmp_path, {"file_ending": ".png"})
-    assert {case: [path.name for path in paths] for case, paths in found.items()} == {
-        "a_1": ["a_1_0000.png"],
-        "b": ["b_0000.png", "b_0001.png"],
-    }
-
-
 def test_held_out_are_the_test_cases_if_all_have_labels(tmp_path):
     folder = make_raw(tmp_path / "Dataset123_Mine", num_train=5, num_test=2)
     held_out = held_out_cases(check_raw(folder), tmp_path / "none", tmp_path / "held_out")
@@ -63,7 +45,7 @@ def test_held_out_are_fold_0s_validation_cases_if_a_test_case_has_no_label(tmp_p
     (folder / "labelsTs" / "phantom_006.nii.gz").unlink()
     splits = [{"train": [], "val": ["phantom_001", "phantom_003"]}, {"train": [], "val": []}]
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
-    held_out = held_out_cases(folder, tmp_path, tmp_path / "held_out")
+    held_out = held_out_cases(open_raw_dataset(folder), tmp_path, tmp_path / "held_out")
     assert held_out.labels == tmp_path / "gt_segmentations"
     images = sorted(held_out.images.iterdir())
     assert [path.name for path in images] == ["phantom_001_0000.nii.gz", "phantom_003_0000.nii.gz"]
@@ -73,7 +55,7 @@ def test_held_out_are_fold_0s_validation_cases_if_a_test_case_has_no_label(tmp_p
 def test_a_dataset_that_nnunet_can_split_passes(tmp_path, monkeypatch):
     make_raw(tmp_path / "Dataset123_Mine", num_train=5)
     monkeypatch.chdir(tmp_path)
-    assert check_raw(Path("Dataset123_Mine")) == tmp_path / "Dataset123_Mine"
+    assert check_raw(Path("Dataset123_Mine")).folder == tmp_path / "Dataset123_Mine"
 
 
 @pytest.mark.parametrize("key", ["channel_names", "labels", "file_ending"])

@@ -11,7 +11,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_meddinov3.demo.phantom import LABELS, write_phantom_dataset
-from nnunetv2_meddinov3.demo.report import dice_per_label, mean_dice
+from nnunetv2_meddinov3.evaluation.dice import dice_per_label, mean_dice
+from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"shape": (8, 64, 64), "spacing_mm": (16.0, 6.0, 6.0)}
@@ -61,7 +62,7 @@ def files_of(folder):
 
 def not_named(tmp_path):
     (tmp_path / "mydata").mkdir()
-    return ["--raw", tmp_path / "mydata"], "is not named so"
+    return ["--raw", tmp_path / "mydata"], "has another name"
 
 
 def no_dataset_json(tmp_path):
@@ -73,7 +74,7 @@ def broken_dataset_json(tmp_path):
     folder = tmp_path / "Dataset001_Broken"
     folder.mkdir()
     (folder / "dataset.json").write_text("{")
-    return ["--raw", folder], "reading .*Dataset001_Broken failed"
+    return ["--raw", folder], "Dataset001_Broken.* must be readable JSON"
 
 
 def too_few_cases(tmp_path):
@@ -89,7 +90,7 @@ def two_datasets_of_one_id(tmp_path):
 
 def out_in_the_dataset(tmp_path):
     folder = make_raw(tmp_path / "Dataset001_One", num_train=5)
-    return ["--raw", folder, "--out", folder / "demo"], "must not lie in the dataset"
+    return ["--raw", folder, "--out", folder / "demo"], "must not be inside the dataset"
 
 
 def out_of_someone_else(tmp_path):
@@ -175,9 +176,9 @@ def test_the_demo_learns_organs_and_leaves_a_report(tmp_path, environment):
     assert done.returncode == 0, done.stderr
     for command in ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict"):
         assert f"  $ {command} " in done.stdout
-    assert "epoch 5/5  loss" in done.stdout
+    assert "trained: 5/5 epochs, loss" in done.stdout
 
-    dataset = json.loads((out / "nnUNet_raw/Dataset900_Phantom/dataset.json").read_text())
+    dataset = open_raw_dataset(out / "nnUNet_raw" / "Dataset900_Phantom")
     references = out / "nnUNet_raw" / "Dataset900_Phantom" / "labelsTs"
     table = dice_per_label(out / "predictions", references, dataset)
     assert sorted(table) == ["phantom_012", "phantom_013", "phantom_014"]
