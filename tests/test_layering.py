@@ -56,10 +56,6 @@ BY_NAME = {
         | {"nnunetv2.training", "nnunetv2.experiment_planning"},
         "a table of our names, and of the modules of nnU-Net that answer to them",
     ),
-    "models/__init__.py": (
-        {"import_module(_PUBLIC[name])"},
-        "the public names, imported when they are asked for, so that a part needs no other",
-    ),
 }
 _DOTTED = re.compile(rf"(?:{OURS}|nnunetv2)(?:\.\w+)+(?::\w+)?")
 
