@@ -162,14 +162,19 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(
-    state: dict[str, Any], config: StageConfig, store: dict[str, Any], folder: Path
+    state: dict[str, Any],
+    config: StageConfig,
+    store: dict[str, Any],
+    precision: str,
+    folder: Path,
 ) -> None:
-    """Refuse to go on with another config or other slices than the checkpoint's.
+    """Refuse to go on with another config, precision or other slices than the checkpoint's.
 
     Args:
         state: The training state.
         config: Of the stage now.
         store: What ``provenance.store_provenance`` returned for the slices now.
+        precision: In which this process computes, which ``auto`` leaves to the device.
         folder: Of the stage, for messages.
 
     Raises:
@@ -180,6 +185,12 @@ def check_same_run(
         raise UserError(
             f"{folder} must be continued with the config it was started with, but "
             f"{'; '.join(changed[:3])}: give the same values, or another --out."
+        )
+    before = state.get("precision", precision)  # which earlier versions did not note
+    if before != precision:
+        raise UserError(
+            f"{folder} must be continued in {before}, in which it was started, but this device "
+            f"computes in {precision}: set engine.precision={before}, or give another --out."
         )
     if state["store"]["records_sha256"] != store["records_sha256"]:
         raise UserError(

@@ -276,12 +276,13 @@ class Data(Section):
 class Engine(Section):
     """How it runs.
 
-    ``parallel``, ``micro_batch`` and ``activation_checkpointing`` may change when a run is resumed:
-    losses and gradients stay the same but for rounding and for what the student draws.
+    All but ``precision`` may change when a run is resumed: losses and gradients stay the same but
+    for rounding and, with another ``micro_batch``, for what the student draws.
     """
 
     MAY_CHANGE = frozenset(
-        {"micro_batch", "parallel", "activation_checkpointing", "max_bad_steps", "export_at"}
+        {"device", "compile", "micro_batch", "parallel", "activation_checkpointing"}
+        | {"max_bad_steps", "export_at"}
         | {"save_every", "keep_last", "keep_every", "log_every", "health_every", "report_every"}
         | {"probe_every", "probe_dataset", "tensorboard", "wandb"}
     )

@@ -66,7 +66,7 @@ class Stage:
         latest = self.checkpoints.latest()
         state = None if latest is None else checkpoints.read_state(latest)
         if state is not None:
-            checkpoints.check_same_run(state, config, self.store, folder)
+            checkpoints.check_same_run(state, config, self.store, runtime.precision, folder)
 
         # networks, optimiser, schedules
         self.start = load_start(config, previous, state)
@@ -241,6 +241,7 @@ class Stage:
             "gram_refreshes": self.refreshes,
             "bad_in_a_row": self.bad_in_a_row,
             "world_size": self.runtime.world_size,
+            "precision": self.runtime.precision,
         }
 
     def save(self) -> None:

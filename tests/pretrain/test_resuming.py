@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,22 @@ def test_a_checkpoint_holds_what_a_resume_reads_and_what_describes_it(unbroken):
     state = read_state(unbroken / "checkpoints/step_0000006/state.pt")
     resumed = {"model", "optimizer", "step", "gram_refreshes", "bad_in_a_row", "config", "store"}
     described = {"format", "stage", "architecture", "licence", "base", "intensity", "world_size"}
-    assert state.keys() == resumed | described
+    assert state.keys() == resumed | described | {"precision"}
+
+
+def test_a_run_does_not_go_on_in_another_precision_that_the_device_chose(
+    small_stage, unbroken, tmp_path
+):
+    folder = tmp_path / "stage1"
+    shutil.copytree(unbroken, folder)
+    path = folder / "checkpoints/step_0000006/state.pt"
+    state = read_state(path)
+    torch.save(state | {"precision": "bf16"}, path)  # as a GPU does where auto is asked for
+    with pytest.raises(UserError, match=r"continued in bf16.*computes in fp32.*engine.precision"):
+        stage_of(small_stage("optim.steps=6"), folder)
+    del state["precision"]  # as earlier versions wrote it
+    torch.save(state, path)
+    assert stage_of(small_stage("optim.steps=6"), folder).step == 6
 
 
 def test_a_checkpoint_with_more_in_it_as_earlier_versions_wrote_goes_on(
