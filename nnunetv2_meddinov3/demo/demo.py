@@ -2,7 +2,7 @@
 
 It plans, preprocesses, trains, predicts held-out cases, measures Dice, and writes a picture and a
 page. Every command is shown as one would type it. The tiny network of the demo shows that the
-installation works; it is no measure of accuracy.
+installation works; it does not measure accuracy.
 """
 
 import argparse
@@ -29,7 +29,7 @@ DEFAULT_ITERATIONS = 40  # of training per epoch, unless MEDDINOV3_ITERATIONS sa
 DEFAULT_SIZE = 128  # pixels
 PHANTOM_NAME = "Dataset900_Phantom"
 
-# nnU-Net starts eight processes wherever it can, each of which imports torch anew. For a dataset of
+# nnU-Net starts eight processes wherever it can, each of which imports torch again. For a dataset of
 # this size one is faster, and 0 predicts in the main process.
 _FEW_PROCESSES = {"nnUNet_def_n_proc": "1", "nnUNet_npp": "0", "nnUNet_nps": "0"}
 

@@ -24,7 +24,7 @@ from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 
 @dataclass(frozen=True)
 class StochasticOptions:
-    """What is drawn anew in every forward pass of the student (DINOv3, sec. 3; code).
+    """What is drawn in every forward pass of the student (DINOv3, sec. 3; code).
 
     Attributes:
         drop_path: Share of images that skip a branch, the same at every depth.

@@ -149,7 +149,7 @@ def read_catalogue(
     Raises:
         UserError: If a record or a skip is damaged.
     """
-    skips = read_skips(folder)  # before the records: what enters meanwhile is no skip
+    skips = read_skips(folder)  # before the records: what enters meanwhile is not a skip
     sources, shared, found = [], [], []
     versions: dict[str, set[str]] = {}
     for record in records:

@@ -26,7 +26,7 @@ _OPEN_ARRAYS = 64  # per thread; each holds a file descriptor, of which 1024 are
 class SliceStore:
     """The slices of a store, in the order of its index.
 
-    It pickles as its path, and opens index and arrays anew in each process, so it can be handed to
+    It pickles as its path, and opens index and arrays again in each process, so it can be handed to
     the workers of a data loader, forked or spawned, and read by several threads. The index and the
     arrays are memory-mapped: workers on one machine share them.
 
@@ -159,7 +159,7 @@ def _open_index(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): run the same `meddinov3 curate` again, which "
-            "builds it anew."
+            "rebuilds it."
         ) from error
     return table, about
 

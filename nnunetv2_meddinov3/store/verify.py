@@ -60,7 +60,7 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         return layout.unsealed(path.read_bytes(), "manifest_sha256"), []
     except layout.Damaged as error:
-        return {}, [f"the manifest {path} {error}: {_AGAIN}, which builds it anew."]
+        return {}, [f"the manifest {path} {error}: {_AGAIN}, which rebuilds it."]
 
 
 def _records(
@@ -144,7 +144,7 @@ def _index(folder: Path, manifest: dict[str, Any], options: dict[str, Any]) -> I
     for name, sha256 in manifest.get("index_sha256", {}).items():
         path = folder / name
         if not path.is_file():
-            yield f"the index {path} is missing: {_AGAIN}, which builds it anew."
+            yield f"the index {path} is missing: {_AGAIN}, which rebuilds it."
         elif files.file_sha256(path) != sha256:
             yield f"the index {path} is not what was written (checksum differs): {_AGAIN}."
     catalogue = read_catalogue(folder, options, read_records(folder, in_order=False))

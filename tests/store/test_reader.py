@@ -270,7 +270,7 @@ def test_a_store_of_another_format_is_refused(store):
 @pytest.mark.parametrize("text", [b"", b"PAR1 but not really PAR1"])
 def test_a_damaged_index_is_a_sentence(store, text):
     (store / layout.INDEX).write_bytes(text)
-    with pytest.raises(UserError, match=r"index.parquet cannot be read .*builds it anew"):
+    with pytest.raises(UserError, match=r"index.parquet cannot be read .*rebuilds it"):
         SliceStore(store)
 
 

@@ -64,7 +64,7 @@ class MetricsLogger:
         resume_step: Steps done before; see ``StepRows``.
         tensorboard: Whether to write TensorBoard events too.
         wandb: Project of Weights & Biases, or None. A resumed stage continues its run there, whose
-            id is kept in its folder; a stage that begins anew begins a new one.
+            id is kept in its folder; a stage that starts over starts a new one.
         name: Of the run there.
 
     Raises:

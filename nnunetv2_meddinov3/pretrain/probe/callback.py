@@ -54,7 +54,7 @@ class ProbeCallback:
         if runtime.is_main:
             assert config.engine.probe_dataset is not None  # a rule of the config
             self._data = ProbeData.from_nnunet(config.engine.probe_dataset)
-            # a stage that begins anew probes its starting weights, row 0, again
+            # a stage that starts over probes its starting weights, row 0, again
             self._rows = StepRows(folder / PROBE, step or -1)
 
     def __call__(self, step: int, weights: str) -> str | None:
