@@ -290,8 +290,8 @@ def test_a_signal_saves_leaves_a_mark_and_the_same_command_goes_on(small_stage, 
     while "step 3/" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    text = process.stderr.read()
-    assert process.wait(60) == 143, text
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 143, text
     assert "the same command goes on" in text
     assert (tmp_path / "interrupted").is_file()
     step = CheckpointFolder(tmp_path / "stage1/checkpoints").steps()[-1]
