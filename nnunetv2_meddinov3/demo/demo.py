@@ -29,8 +29,8 @@ DEFAULT_ITERATIONS = 40  # of training per epoch, unless MEDDINOV3_ITERATIONS sa
 DEFAULT_SIZE = 128  # pixels
 PHANTOM_NAME = "Dataset900_Phantom"
 
-# nnU-Net starts eight processes wherever it can, and each imports torch again. For a dataset of this
-# size one is faster, and 0 predicts in the main process.
+# nnU-Net starts eight processes wherever it can, and each imports torch again. For a dataset of
+# this size one is faster, and 0 predicts in the main process.
 _FEW_PROCESSES = {"nnUNet_def_n_proc": "1", "nnUNet_npp": "0", "nnUNet_nps": "0"}
 
 _PHANTOM_NOTE = (
