@@ -191,8 +191,9 @@ def _read_pair(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         values, labels = (_slices(sitk.ReadImage(str(path))) for path in (image, label))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]  # SimpleITK says the reason last
-        raise UserError(f"{image} and its label must be readable, but: {reason}.") from error
+        raise UserError(
+            f"{image} and its label must be readable, but: {first_line(error)}."
+        ) from error
     if values.shape != labels.shape:
         raise UserError(
             f"{image} and its label must have one shape, got {values.shape} and {labels.shape}."
