@@ -16,7 +16,9 @@ _SOURCE_HELP = "a path, timm:NAME, hf:OWNER/REPO/FILE[@REV] or torchhub:ENTRY[@R
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``meddinov3 weights``."""
-    parser = argparse.ArgumentParser(prog="meddinov3 weights", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="meddinov3 weights", description="Inspect, convert or download weights."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect|convert|fetch")
     inspect = verbs.add_parser("inspect", help="show what a file holds, and check every tensor")
     inspect.add_argument("source", help=_SOURCE_HELP)

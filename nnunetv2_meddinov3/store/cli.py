@@ -10,7 +10,9 @@ from nnunetv2_meddinov3.errors import UserError
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``meddinov3 store``."""
-    parser = argparse.ArgumentParser(prog="meddinov3 store", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="meddinov3 store", description="Look after stores of slices."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verify|merge|split|export")
     verify = verbs.add_parser(
         "verify", help="compare every byte with its checksum; exit code 1 if anything is wrong"
