@@ -287,7 +287,7 @@ def test_a_signal_saves_leaves_a_mark_and_the_same_command_goes_on(small_stage, 
     process = subprocess.Popen(
         command(overrides, tmp_path), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    while "step 3/" not in process.stderr.readline():
+    while " 3/400 steps" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=60)
