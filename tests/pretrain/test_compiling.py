@@ -38,6 +38,8 @@ def gradient(vit, autocast=False):
 
 
 @pytest.mark.slow
+# Dynamo looks at the gradients of what it traces, also of tensors that have none
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_packed_block_is_one_graph_and_gives_the_same_gradients():
     plain = gradient(a_vit())
     compiled = a_vit()
