@@ -105,7 +105,7 @@ def run(command, check=True, cwd=None, **variables):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert not check or process.returncode == 0, process.stderr + process.stdout
