@@ -6,14 +6,17 @@ folders of images are, and elsewhere folders named ``labels...`` are skipped.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from nnunetv2_meddinov3.curate.readers.dicom import check_decodable, read_header
+from nnunetv2_meddinov3.curate.readers.dicom import check_decodable, is_slice
 from nnunetv2_meddinov3.curate.readers.dicom_guard import has_mark
+from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
+from nnunetv2_meddinov3.curate.readers.dicom_series import volumes_of
 from nnunetv2_meddinov3.curate.readers.images import DETACHED, ENDINGS, PICTURES, ending_of
 from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, plain_text
 from nnunetv2_meddinov3.errors import UserError, first_line
@@ -71,8 +74,8 @@ class _Finder:
         self.found: dict[str, VolumeSource] = {}
         self.refused: dict[str, str] = {}
         self.seen: set[tuple[int, int]] = set()  # device and inode of files and folders
-        # of a series and a patient: key, path and dataset of each file
-        self.series: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+        # of a series and a patient: key, header and dataset of each file
+        self.series: dict[tuple[str, str], list[tuple[str, SliceHeader, str]]] = {}
 
     def argument(self, path: Path, base: str, dataset: RawDataset | None) -> None:
         """Take one argument; ``dataset`` if it is a folder of an nnU-Net dataset."""
@@ -91,15 +94,24 @@ class _Finder:
     def results(self) -> tuple[list[VolumeSource], list[tuple[str, str]]]:
         """Return everything found and refused, sorted by key, with the DICOM files as series."""
         for (uid, patient), members in sorted(self.series.items(), key=lambda item: item[0]):
-            members.sort()
-            folder = os.path.commonpath([PurePosixPath(key).parent for key, _, _ in members])
-            key = f"{members[0][0] if folder in ('', '.') else folder}#{uid}"
-            if key in self.found:
-                self.refused[key] = "another patient's series in this folder has the same UID"
-                continue
-            paths = tuple(path for _, path, _ in members)
-            self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
+            members_of = {member[1].path: member for member in members}
+            for volume in volumes_of([header for _, header, _ in members], is_slice):
+                self._volume(uid, patient, [members_of[header.path] for header in volume])
         return [self.found[key] for key in sorted(self.found)], sorted(self.refused.items())
+
+    def _volume(self, uid: str, patient: str, members: list[tuple[str, SliceHeader, str]]) -> None:
+        """Take a volume of a series; the first has the plain key, others a suffix of their own."""
+        members = sorted(members, key=lambda member: member[0])
+        folder = os.path.commonpath([PurePosixPath(key).parent for key, _, _ in members])
+        key = f"{members[0][0] if folder in ('', '.') else folder}#{uid}"
+        if key in self.found:
+            first = min(header.text("SOPInstanceUID") for _, header, _ in members)
+            key += f"+{hashlib.sha256(f'{patient}{first}'.encode()).hexdigest()[:8]}"
+        if key in self.found:
+            self.refused[members[0][0]] = "another volume of its series has the same images' UIDs"
+            return
+        paths = tuple(str(header.path) for _, header, _ in members)
+        self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
 
     def _identity(self, path: Path) -> tuple[int, int]:
         status = path.stat()
@@ -206,7 +218,7 @@ class _Finder:
                 self.refused[key] = "it has no SeriesInstanceUID"
                 return
             members = self.series.setdefault((header.series, header.patient), [])
-            members.append((key, str(path), dataset))
+            members.append((key, header, dataset))
 
     def _belongs_to_header(self, path: Path) -> bool:
         data = next((end for end in DETACHED_DATA if path.name.lower().endswith(end)), None)

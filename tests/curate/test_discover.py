@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -205,8 +206,11 @@ def test_two_patients_under_one_uid_are_not_mixed(tmp_path, write_dicom):
     for name, patient in (("1", "x"), ("2", "y")):
         write_dicom(tmp_path / "in" / f"{name}.dcm", pixels, t0010_0020=patient)
     found, refused = find_sources([tmp_path / "in"])
-    assert [len(source.paths) for source in found] == [1]
-    assert refused == [("in#1.2.3.4", "another patient's series in this folder has the same UID")]
+    assert [len(source.paths) for source in found] == [1, 1]
+    assert found[0].key == "in#1.2.3.4"
+    assert re.fullmatch(r"in#1\.2\.3\.4\+[0-9a-f]{8}", found[1].key)
+    assert found[0].patient != found[1].patient
+    assert refused == []
 
 
 def test_missing_sources_and_two_of_one_name_are_mistakes_of_the_user(tmp_path):
