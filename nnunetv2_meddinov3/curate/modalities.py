@@ -10,6 +10,8 @@ import numpy as np
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource
 
 MR_NAMES = re.compile(r"mri?|t[12](w|c|ce|gd|n|star)*|flair|pdw?|adc|dwi|swi|dce|cbf|cbv|bold")
+BONE, SHIFTED_TISSUE = (300, 700), (900, 1200)  # the second where 1024 was not subtracted
+MIN_HU_SPAN = 40  # noise alone spans more; values scaled to 0..1 or by their deviation do not
 HU_AIR = -200  # below fat; a CT with none of this shows no air at all
 HU_RANGE = (-4000, 4000)  # where nearly all voxels of a CT lie, padding included
 MAX_LABELS = 256
@@ -33,11 +35,15 @@ def identify(volume: Volume, source: VolumeSource) -> Volume:
     if source.kind == "file" and looks_like_labels(array):
         raise Unreadable("it looks like a label map (few whole numbers, in patches), not an image")
     if modality is None:
-        is_hu = not volume.windowed and looks_like_hu(array)
+        is_hu = not volume.windowed and looks_like_hu(array) and hu_fault(array) is None
         modality = "CT" if is_hu else "unknown"
         notes.append(f"modality guessed from the values: {modality}")
-    elif modality == "CT" and not volume.windowed and not looks_like_hu(array):
-        notes.append("said to be CT, but its values show no air or are out of the range of HU")
+    elif modality == "CT" and not volume.windowed:
+        if fault := hu_fault(array):
+            modality = "unknown"
+            notes.append(f"said to be CT, but its values are no HU: {fault}")
+        elif not looks_like_hu(array):
+            notes.append("said to be CT, but its values show no air")
     intensity = None
     if volume.windowed:
         intensity = {"low": 0.0, "high": 255.0}  # the ends of the window
@@ -64,6 +70,35 @@ def looks_like_hu(array: np.ndarray) -> bool:
         return False
     low, high = HU_RANGE
     return bool(np.count_nonzero((array >= low) & (array <= high)) >= 0.99 * array.size)
+
+
+def hu_fault(array: np.ndarray) -> str | None:
+    """Return why values cannot be HU, whatever a name or header says; None if they can.
+
+    A volume cropped to the inside of a body has no air and can be HU. Values that were scaled, or
+    that lack the usual rescale intercept of -1024, cannot.
+    """
+    values = array.reshape(-1)
+    values = values[:: max(1, len(values) // MAX_SAMPLE)]
+    values = values[np.isfinite(values) & (values != (padding := padding_value(array)))]
+    if not values.size:
+        return None
+    low, high = HU_RANGE
+    beyond = np.count_nonzero((values < low) | (values > high)) / values.size
+    if beyond > 0.01:
+        return f"{beyond:.0%} of them are beyond {low} to {high}"
+    if ((array <= HU_AIR) & (array != padding)).any():
+        return None
+    low, high = np.percentile(values, [0.05, 99.95])
+    if high - low < MIN_HU_SPAN:
+        return f"they lie between {low:.3g} and {high:.3g}"
+    if low >= 0:
+        return f"they begin at {low:.3g}, and even fat is below 0"
+    bone, shifted = (
+        np.count_nonzero((values >= start) & (values < end))
+        for start, end in (BONE, SHIFTED_TISSUE)
+    )
+    return "most tissue is near 1024, not near 0" if shifted > bone else None
 
 
 def looks_like_labels(array: np.ndarray) -> bool:

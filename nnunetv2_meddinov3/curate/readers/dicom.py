@@ -6,6 +6,7 @@ slice of the volume costs itself: it is left out, and the notes name its file.
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ MODALITIES = ("CT", "MR")
 MAX_RATIO = 2000  # of a slice to its file; the codecs of DICOM hardly reach a tenth of it
 MAX_NAMED = 5  # files in a note
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+INVERTED, UPRIGHT = b"MONOCHROME1", b"MONOCHROME2"
+OTHER_UNITS = ("ED", "EDW", "HU_MOD", "MGML", "OD", "PCT", "Z_EFF")  # RescaleType but HU and US
 SCOUT_WORDS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")  # in ImageType
 
 
@@ -70,8 +73,12 @@ def check_kind(header: SliceHeader) -> None:
         raise Unreadable("it is a secondary capture (a screenshot), not an acquired image")
     if header.samples != 1:
         raise Unreadable(f"it has colour ({header.samples} samples per pixel)")
+    if header.text("PhotometricInterpretation") == "PALETTE COLOR":
+        raise Unreadable("it has a palette of colours")
     if header.text("NumberOfFrames") not in ("", "0", "1"):
         raise Unreadable("it is multi-frame, which is not read; export it as single frames")
+    if header.has_table:
+        raise Unreadable("its values need the table of a ModalityLUTSequence, which is not applied")
     check_rescale(
         _float(header.text("RescaleSlope"), 1.0), _float(header.text("RescaleIntercept"), 0.0)
     )
@@ -166,10 +173,11 @@ def read_series(paths: list[Path]) -> Image:
     if missing:
         notes.append(f"{counted(missing, 'slice')} missing between others, positions kept")
     _note_acquisition(decoded, notes)
+    modality = _modality(decoded[0], notes)
     return Image(
         array=array,
         grid=_grid(decoded, positions, usual),
-        modality=decoded[0].text("Modality"),
+        modality=modality,
         positions_mm=positions,
         has_gaps=missing > 0,
         notes=[*left_out.notes(), *notes],
@@ -189,10 +197,18 @@ def _slices(paths: list[Path], left_out: _LeftOut) -> list[SliceHeader]:
             headers.append(header)
     if not headers:
         raise Unreadable(left_out.why())
-    first, *others = by_layout(headers)
-    for header in (header for group in others for header in group):
+    first, *odd = by_layout(headers)
+    for header in (header for group in odd for header in group):
         left_out.add(header.path, "of another size, orientation or pixel spacing")
-    return first
+    with_rescale = [header for header in first if header.has_rescale]
+    without = [header for header in first if not header.has_rescale]
+    if not with_rescale or not without or first[0].text("Modality") != "CT":
+        return first
+    kept, others = sorted((without, with_rescale), key=len, reverse=True)
+    for header in others:
+        reason = "without the rescale of" if others is without else "with a rescale, unlike"
+        left_out.add(header.path, f"{reason} the others")
+    return kept
 
 
 def _in_order(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
@@ -222,6 +238,21 @@ def _single_thickness(header: SliceHeader, notes: list[str]) -> float:
         return float(thickness[0])
     notes.append("a single slice of unknown thickness, set to 1 mm")
     return 1.0
+
+
+def _modality(header: SliceHeader, notes: list[str]) -> str | None:
+    """Return what a header says its values are, None where a CT does not say how to reach HU."""
+    modality = header.text("Modality")
+    if modality != "CT":
+        return modality
+    unit = header.text("RescaleType").upper()
+    if unit in OTHER_UNITS:
+        notes.append(f"a CT, but its values are in {unit}, not HU")
+        return "unknown"
+    if not header.has_rescale:
+        notes.append("a CT whose header states no rescale to HU")
+        return None
+    return modality
 
 
 def _note_acquisition(headers: list[SliceHeader], notes: list[str]) -> None:
@@ -266,5 +297,22 @@ def _pixels(
 
 
 def _decoded(header: SliceHeader) -> np.ndarray:
-    image = sitk.ReadImage(str(header.path), imageIO="GDCMImageIO")
+    """Return the values of an image (rows, columns), rescale applied.
+
+    GDCM turns MONOCHROME1 round for display, and not by the same rule for every number of bits and
+    sign. How an image is shown changes no HU, so GDCM is given a copy that says MONOCHROME2.
+    """
+    path, at = header.path, header.photometric_at
+    if header.text("PhotometricInterpretation") != INVERTED.decode() or at is None:
+        return _gdcm_pixels(path)
+    data = path.read_bytes()
+    at = data.index(INVERTED, at)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "upright.dcm"
+        copy.write_bytes(data[:at] + UPRIGHT + data[at + len(UPRIGHT) :])
+        return _gdcm_pixels(copy)
+
+
+def _gdcm_pixels(path: Path) -> np.ndarray:
+    image = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
     return np.asarray(sitk.GetArrayFromImage(image)[0])

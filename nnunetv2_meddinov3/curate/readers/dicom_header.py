@@ -44,9 +44,11 @@ TEXTS = (
     "Modality",
     "NumberOfFrames",
     "PatientID",
+    "PhotometricInterpretation",
     "PixelSpacing",
     "RescaleIntercept",
     "RescaleSlope",
+    "RescaleType",
     "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
@@ -57,7 +59,14 @@ TEXTS = (
 PLACES = {keyword: place for place, keyword in enumerate(TEXTS)}
 TAGS = {
     keyword: pydicom.tag.Tag(keyword)
-    for keyword in (*TEXTS, "Columns", "MediaStorageSOPClassUID", "Rows", "SamplesPerPixel")
+    for keyword in (
+        *TEXTS,
+        "Columns",
+        "MediaStorageSOPClassUID",
+        "ModalityLUTSequence",
+        "Rows",
+        "SamplesPerPixel",
+    )
 }
 
 
@@ -72,6 +81,9 @@ class SliceHeader:
         columns: Pixels along a row.
         rows: Pixels along a column.
         samples: Values per pixel, 1 for grey.
+        has_table: Whether a ModalityLUTSequence stands for the rescale.
+        photometric_at: Byte of the file where the value of PhotometricInterpretation begins, None
+            where it is missing.
     """
 
     path: Path
@@ -79,6 +91,8 @@ class SliceHeader:
     columns: int
     rows: int
     samples: int
+    has_table: bool = False
+    photometric_at: int | None = None
 
     def text(self, keyword: str) -> str:
         """Return the text of an element of ``TEXTS``, empty where it is missing."""
@@ -91,6 +105,11 @@ class SliceHeader:
         except ValueError:
             return None
         return values if len(values) == count and np.isfinite(values).all() else None
+
+    @property
+    def has_rescale(self) -> bool:
+        """Whether RescaleSlope and RescaleIntercept are stated, as every CT must."""
+        return bool(self.text("RescaleSlope") and self.text("RescaleIntercept"))
 
     @property
     def series(self) -> str:
@@ -144,7 +163,16 @@ def _header(path: Path, dataset: pydicom.FileDataset, has_pixels: bool) -> Slice
     # most texts are the same in all files of a series
     texts = tuple(sys.intern(_text(dataset, keyword)) for keyword in TEXTS)
     columns, rows = _number(dataset, "Columns"), _number(dataset, "Rows")
-    return SliceHeader(path, texts, columns, rows, _number(dataset, "SamplesPerPixel", 1))
+    photometric = dataset.get_item(TAGS["PhotometricInterpretation"])
+    return SliceHeader(
+        path,
+        texts,
+        columns,
+        rows,
+        _number(dataset, "SamplesPerPixel", 1),
+        TAGS["ModalityLUTSequence"] in dataset,
+        getattr(photometric, "value_tell", None),
+    )
 
 
 def _parse(path: Path) -> pydicom.FileDataset:
