@@ -1,7 +1,7 @@
 """Finding inputs: nnU-Net raw datasets, folders of volumes, DICOM, single files.
 
 Nothing but DICOM headers is opened here. Labels are never listed: of an nnU-Net dataset only the
-folders of images are, and elsewhere folders named ``labels...`` are skipped.
+folders of images are, and elsewhere folders named as labels are (``LABEL_FOLDERS``) are skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ DOCUMENTS = re.compile(
     r"|(LICEN[SC]E|README|CHANGES|NOTICE|COPYING|DICOMDIR|(SHA|MD5)\w*)(\..*)?",
     re.IGNORECASE,
 )  # what is kept beside images
-LABEL_FOLDERS = re.compile(r"labels(Tr|Ts|Va|Val)?|gt_segmentations", re.IGNORECASE)
+LABEL_FOLDERS = re.compile(
+    r"labels?(Tr|Ts|Va|Val)?|labelmaps?|labell?ed_dicom|masks_dicom|gts?|gt_segmentations"
+    r"|ground([ _-]?truths?)?|annotations?"
+    r"|((train(ing)?|test(ing)?|val(idation)?|manual)[ _-])?(masks?|segs?|segmentations?)",
+    re.IGNORECASE,
+)
+LABEL_NAME = re.compile(
+    r"(.+)[._-](seg|segmentation|mask|gt|ground_?truth|labels?|labelmap)", re.IGNORECASE
+)
+LABELS = "it holds labels, which are never read"
 
 
 def find_sources(
@@ -79,13 +88,14 @@ class _Finder:
 
     def argument(self, path: Path, base: str, dataset: RawDataset | None) -> None:
         """Take one argument; ``dataset`` if it is a folder of an nnU-Net dataset."""
-        if not path.is_dir():
+        folder = path if path.is_dir() else path.parent
+        if LABEL_FOLDERS.fullmatch(folder.name):
+            self.refused[base] = LABELS
+        elif not path.is_dir():
             around = _dataset_around(path.parent)
             if around is None or not self._image(path, base, around):
                 name = around.folder.name if around else path.parent.name
                 self._file(path, base, name, path.name)
-        elif dataset is not None and LABEL_FOLDERS.fullmatch(path.name):
-            self.refused[base] = "it holds labels, which are never read"
         elif dataset is not None:
             self._images(path, base, dataset, (self._identity(path),))
         else:
@@ -200,6 +210,9 @@ class _Finder:
             return
         ending = ending_of(path.name)
         if ending is not None:
+            if image := _image_of_labels(path, ending):
+                self.refused[key] = f"it is named as the labels of {plain_text(image)} beside it"
+                return
             self._add(path, key, dataset, relative[: -len(ending)])
             return
         try:
@@ -264,6 +277,15 @@ def _dataset_around(folder: Path) -> RawDataset | None:
         return find_raw_dataset(folder.parent)
     except UserError:
         return None
+
+
+def _image_of_labels(path: Path, ending: str) -> str | None:
+    """Return the name of the image beside a file that is named as its labels, if there is one."""
+    named = LABEL_NAME.fullmatch(path.name[: -len(ending)])
+    if named is None:
+        return None
+    names = (f"{named[1]}{part}{end}" for part in ("", "_0000") for end in ENDINGS)
+    return next((name for name in names if path.with_name(name).is_file()), None)
 
 
 def _is_folder(path: Path) -> bool:

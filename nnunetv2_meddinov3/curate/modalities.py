@@ -16,6 +16,8 @@ HU_AIR = -200  # below fat; a CT with none of this shows no air at all
 HU_RANGE = (-4000, 4000)  # where nearly all voxels of a CT lie, padding included
 MAX_LABELS = 256
 LABEL_PATCHES = 0.6  # share of a label map's voxels, at least, whose neighbour is the same
+FEW_VALUES = 16  # no image has so few
+NEAR = 24  # of 255: how far lossy compression takes the values of a mask
 SAMPLED = 16  # slices looked at for label maps
 MAX_SAMPLE = 4_000_000  # voxels that percentiles are taken of
 
@@ -32,7 +34,12 @@ def identify(volume: Volume, source: VolumeSource) -> Volume:
     """
     array, notes = volume.array, list(volume.notes)
     modality = volume.modality or modality_of_name(source.channel_name)
-    if source.kind == "file" and looks_like_labels(array):
+    if source.kind == "png":
+        if looks_like_mask_picture(array):
+            raise Unreadable("it looks like a picture of labels (few values), not an image")
+    elif looks_like_labels(array) or (
+        few_values(array) and np.ptp(array) <= MAX_LABELS and not volume.windowed
+    ):
         raise Unreadable("it looks like a label map (few whole numbers, in patches), not an image")
     if modality is None:
         is_hu = not volume.windowed and looks_like_hu(array) and hu_fault(array) is None
@@ -113,6 +120,30 @@ def looks_like_labels(array: np.ndarray) -> bool:
         return False
     same = np.count_nonzero(inside & (sample[:, :, :-1] == sample[:, :, 1:]))
     return bool(same > LABEL_PATCHES * count)
+
+
+def few_values(array: np.ndarray) -> bool:
+    """Return whether there are from 2 to ``FEW_VALUES`` different values."""
+    step = max(1, len(array) // SAMPLED)
+    if len(np.unique(array[::step, ::8, ::8])) > FEW_VALUES:
+        return False  # without sorting a whole volume
+    values: set[float] = set()
+    for image in array:
+        values.update(np.unique(image).tolist())
+        if len(values) > FEW_VALUES:
+            return False
+    return len(values) > 1
+
+
+def looks_like_mask_picture(array: np.ndarray) -> bool:
+    """Return whether pictures (S, H, W) are of labels: few values, or two after JPEG."""
+    if few_values(array):
+        return True
+    low, high = float(array.min()), float(array.max())
+    near = NEAR * (high - low) / 255
+    top = np.count_nonzero(array >= high - near)
+    between = np.count_nonzero((array > low + near) & (array < high - near))
+    return bool(between <= 0.02 * array.size and top >= between)
 
 
 def padding_value(array: np.ndarray) -> int | None:

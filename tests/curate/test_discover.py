@@ -107,6 +107,53 @@ def test_wrongly_named_images_and_broken_dataset_files_are_reported(tmp_path):
     assert not any("labels" in key for key in keys(found))
 
 
+LABEL_FOLDERS = """Ground, ground_truth, GroundTruth, gt, GT, Masks, mask, train_masks, seg, labels,
+label, segmentations, Segmentation, MASKS_DICOM, LABELLED_DICOM, annotations, labelsTr, labelmap"""
+
+
+@pytest.mark.parametrize("name", re.split(r",\s+", LABEL_FOLDERS))
+def test_folders_of_labels_are_not_entered_whatever_their_format(tmp_path, name, write_dicom):
+    touch(tmp_path / "in/1/ct.nii.gz")
+    for label in ("liver_GT_000.png", "liver.nii.gz", "liver.jpg", "a.nrrd"):
+        touch(tmp_path / "in/1" / name / label)
+    write_dicom(tmp_path / "in/1" / name / "liver.dcm", np.zeros((4, 5), dtype=np.int16))
+    found, refused = find_sources([tmp_path / "in"])
+    assert (keys(found), refused) == (["in/1/ct.nii.gz"], [])
+    found, refused = find_sources([tmp_path / "in/1" / name])
+    assert (found, refused) == ([], [(name, "it holds labels, which are never read")])
+    found, refused = find_sources([tmp_path / "in/1" / name / "a.nrrd"])
+    assert (found, refused) == ([], [("a.nrrd", "it holds labels, which are never read")])
+
+
+@pytest.mark.parametrize(
+    "name", ["unlabelled", "no_masks", "images_and_masks", "ground_floor", "segmented", "grounds"]
+)
+def test_folders_that_only_sound_like_labels_are_entered(tmp_path, name):
+    touch(tmp_path / "in" / name / "ct.nii.gz")
+    found, _ = find_sources([tmp_path / "in"])
+    assert keys(found) == [f"in/{name}/ct.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("a.nii.gz", "a_seg.nii.gz"),
+        ("a.nii.gz", "a-label.nrrd"),
+        ("a_0000.nii.gz", "a_gt.nii.gz"),
+        ("a.jpg", "a_mask.png"),
+        ("a.mha", "a.segmentation.mha"),
+    ],
+)
+def test_files_named_as_the_labels_of_an_image_beside_them_are_refused(tmp_path, image, labels):
+    touch(tmp_path / "in" / labels)
+    found, refused = find_sources([tmp_path / "in"])
+    assert (keys(found), refused) == ([f"in/{labels}"], [])  # of nothing: its content decides
+    touch(tmp_path / "in" / image)
+    found, refused = find_sources([tmp_path / "in"])
+    assert keys(found) == [f"in/{image}"]
+    assert refused == [(f"in/{labels}", f"it is named as the labels of {image} beside it")]
+
+
 def test_folders_are_walked_and_what_is_no_image_is_told_apart(tmp_path):
     folder = tmp_path / "scans"
     for name in ("p1/ct.nii.gz", "p2/ct.NII", "p2/x.nrrd", "y.mha", "z.mhd", "z.raw", "s.PNG"):

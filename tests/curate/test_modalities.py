@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
 
 
 @pytest.mark.parametrize("padding", [-1024, -2000, -3024])
@@ -114,3 +115,46 @@ def test_a_label_map_is_refused_and_an_image_of_small_numbers_is_not(
     assert volume.windowed
     assert volume.intensity == {"low": 0.0, "high": 255.0}
     np.testing.assert_array_equal(volume.array, noisy)
+
+
+def masks():
+    """Two organs, as a picture of 0, 120 and 255."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:30, 10:40], mask[35:50, 20:30] = 255, 120
+    return mask
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+@pytest.mark.parametrize("values", [(0, 255), (0, 1), (0, 63, 126, 189, 252), (3, 7)])
+def test_pictures_of_labels_are_refused(tmp_path, ending, values, reason_of):
+    mask = np.asarray(values, np.uint8)[np.minimum(masks() // 100, len(values) - 1)]
+    path = tmp_path / f"liver{ending}"
+    Image.fromarray(mask).save(path)
+    assert "picture of labels" in reason_of(path, "png")
+
+
+@pytest.mark.parametrize("quality", [50, 75, 95])
+def test_masks_are_recognised_after_jpeg(tmp_path, quality, reason_of):
+    mask = np.where(np.kron(masks(), np.ones((8, 8))) > 0, 255, 0).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "m.jpg", quality=quality)
+    assert "picture of labels" in reason_of(tmp_path / "m.jpg", "png")
+
+
+@pytest.mark.parametrize("window", [(-1000, 1000), (-160, 240), (0, 255), (0, 100)])
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_windowed_slices_are_no_labels(tmp_path, make_ct, window, ending, read_path):
+    low, high = window
+    grey = np.clip((make_ct(1, 64)[0].astype(float) - low) / (high - low), 0, 1) * 255
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / f"v{ending}")
+    assert read_path(tmp_path / f"v{ending}", "png").windowed
+
+
+@pytest.mark.parametrize("background", [0, -1, -1024])
+def test_labels_in_dicom_and_with_negative_numbers_are_refused(
+    tmp_path, background, write_dicom, reason_of, write_as
+):
+    labels = background + masks().astype(np.int16)
+    path = write_dicom(tmp_path / "a.dcm", labels, t0028_1052=str(background), t0028_1053="1")
+    assert "label map" in reason_of(path, "dicom")
+    image = sitk.GetImageFromArray(np.stack([labels] * 3))
+    assert "label map" in reason_of(write_as(image, tmp_path / "a.nii.gz"))
