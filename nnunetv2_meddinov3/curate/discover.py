@@ -23,6 +23,13 @@ from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.raw_dataset import RawDataset, find_raw_dataset
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+IDENTITY = (  # of an image in a series; keys in stores follow from it, so it never changes
+    "SOPInstanceUID",
+    "AcquisitionNumber",
+    "SliceThickness",
+    "InstanceNumber",
+    "ImagePositionPatient",
+)
 DETACHED_DATA = (".raw", ".zraw", ".raw.gz")  # beside a header of DETACHED
 DOCUMENTS = re.compile(
     r".*\.(txt|md|rst|json|csv|tsv|xml|html?|pdf|docx?|xlsx?|ya?ml|py|sh|log|sha256|md5|bib)"
@@ -115,10 +122,13 @@ class _Finder:
         folder = os.path.commonpath([PurePosixPath(key).parent for key, _, _ in members])
         key = f"{members[0][0] if folder in ('', '.') else folder}#{uid}"
         if key in self.found:
-            first = min(header.text("SOPInstanceUID") for _, header, _ in members)
-            key += f"+{hashlib.sha256(f'{patient}{first}'.encode()).hexdigest()[:8]}"
+            first = min([header.text(word) for word in IDENTITY] for _, header, _ in members)
+            text = "\\".join([patient, *first])
+            key += f"+{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         if key in self.found:
-            self.refused[members[0][0]] = "another volume of its series has the same images' UIDs"
+            self.refused[members[0][0]] = (
+                "another volume of its series has images of the same headers"
+            )
             return
         paths = tuple(str(header.path) for _, header, _ in members)
         self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)

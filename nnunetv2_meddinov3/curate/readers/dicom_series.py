@@ -71,7 +71,7 @@ def volumes_of(
             strays += layout
         else:
             volumes += _passes(layout)
-    volumes.sort(key=lambda volume: -len(volume))
+    volumes.sort(key=lambda volume: (-len(volume), min(h.text("SOPInstanceUID") for h in volume)))
     if not volumes:
         return [list(headers)]
     folders = [{header.path.parent for header in volume} for volume in volumes]
@@ -245,20 +245,32 @@ def _placed(headers: Iterable[SliceHeader]) -> list[tuple[float, SliceHeader]]:
 def _places(headers: Iterable[SliceHeader]) -> tuple[np.ndarray, int]:
     """Return the positions in mm, each once, and how many of them different images share."""
     places: list[float] = []
-    firsts: list[SliceHeader] = []
-    repeated = set()
+    images: list[list[SliceHeader]] = []
+    where = defaultdict(set)  # an image's UID -> its places, by number
     for place, header in _placed(headers):
         if not places or place - places[-1] >= SAME_PLACE_MM:
             places.append(place)
-            firsts.append(header)
-        elif not _copies(firsts[-1], header):
-            repeated.add(len(places))
-    return np.array(places), len(repeated)
+            images.append([])
+        images[-1].append(header)
+        where[header.text("SOPInstanceUID")].add(len(places))
+    repeated = sum(
+        not all(_copies(one, other, len(where[one.text("SOPInstanceUID")]) == 1) for other in rest)
+        for one, *rest in images
+    )
+    return np.array(places), repeated
 
 
-def _copies(one: SliceHeader, other: SliceHeader) -> bool:
-    if one.text("SOPInstanceUID") != other.text("SOPInstanceUID"):
+def _copies(one: SliceHeader, other: SliceHeader, identifies: bool) -> bool:
+    """Return whether two files at one place are one image; ``identifies``: its UID is not a dummy.
+
+    One image may be stored with several encodings in a folder. Of two folders only equal bytes are
+    copies, since anonymisation may give the images of two patients the same UIDs.
+    """
+    uid = one.text("SOPInstanceUID")
+    if not uid or uid != other.text("SOPInstanceUID"):
         return False
+    if identifies and one.path.parent == other.path.parent:
+        return True
     return filecmp.cmp(one.path, other.path, shallow=False)
 
 
