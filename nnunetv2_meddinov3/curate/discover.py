@@ -1,32 +1,51 @@
 """Finding inputs: nnU-Net raw datasets, folders of volumes, DICOM, single files.
 
 Nothing but DICOM headers is opened here. Labels are never listed: of an nnU-Net dataset only the
-folders of images are, and elsewhere folders named ``labels...`` are skipped.
+folders of images are, and elsewhere folders named as labels are (``LABEL_FOLDERS``) are skipped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from nnunetv2_meddinov3.curate.readers.dicom import check_decodable, read_header
+from nnunetv2_meddinov3.curate.readers.dicom import check_decodable, is_slice
 from nnunetv2_meddinov3.curate.readers.dicom_guard import has_mark
+from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
+from nnunetv2_meddinov3.curate.readers.dicom_series import volumes_of
 from nnunetv2_meddinov3.curate.readers.images import DETACHED, ENDINGS, PICTURES, ending_of
 from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, plain_text
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.raw_dataset import RawDataset, find_raw_dataset
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+IDENTITY = (  # of an image in a series; keys in stores follow from it, so it never changes
+    "SOPInstanceUID",
+    "AcquisitionNumber",
+    "SliceThickness",
+    "InstanceNumber",
+    "ImagePositionPatient",
+)
 DETACHED_DATA = (".raw", ".zraw", ".raw.gz")  # beside a header of DETACHED
 DOCUMENTS = re.compile(
     r".*\.(txt|md|rst|json|csv|tsv|xml|html?|pdf|docx?|xlsx?|ya?ml|py|sh|log|sha256|md5|bib)"
     r"|(LICEN[SC]E|README|CHANGES|NOTICE|COPYING|DICOMDIR|(SHA|MD5)\w*)(\..*)?",
     re.IGNORECASE,
 )  # what is kept beside images
-LABEL_FOLDERS = re.compile(r"labels(Tr|Ts|Va|Val)?|gt_segmentations", re.IGNORECASE)
+LABEL_FOLDERS = re.compile(
+    r"labels?(Tr|Ts|Va|Val)?|labelmaps?|labell?ed_dicom|masks_dicom|gts?|gt_segmentations"
+    r"|ground([ _-]?truths?)?|annotations?"
+    r"|((train(ing)?|test(ing)?|val(idation)?|manual)[ _-])?(masks?|segs?|segmentations?)",
+    re.IGNORECASE,
+)
+LABEL_NAME = re.compile(
+    r"(.+)[._-](seg|segmentation|mask|gt|ground_?truth|labels?|labelmap)", re.IGNORECASE
+)
+LABELS = "it holds labels, which are never read"
 
 
 def find_sources(
@@ -71,18 +90,19 @@ class _Finder:
         self.found: dict[str, VolumeSource] = {}
         self.refused: dict[str, str] = {}
         self.seen: set[tuple[int, int]] = set()  # device and inode of files and folders
-        # of a series and a patient: key, path and dataset of each file
-        self.series: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+        # of a series and a patient: key, header and dataset of each file
+        self.series: dict[tuple[str, str], list[tuple[str, SliceHeader, str]]] = {}
 
     def argument(self, path: Path, base: str, dataset: RawDataset | None) -> None:
         """Take one argument; ``dataset`` if it is a folder of an nnU-Net dataset."""
-        if not path.is_dir():
+        folder = path if path.is_dir() else path.parent
+        if LABEL_FOLDERS.fullmatch(folder.name):
+            self.refused[base] = LABELS
+        elif not path.is_dir():
             around = _dataset_around(path.parent)
             if around is None or not self._image(path, base, around):
                 name = around.folder.name if around else path.parent.name
                 self._file(path, base, name, path.name)
-        elif dataset is not None and LABEL_FOLDERS.fullmatch(path.name):
-            self.refused[base] = "it holds labels, which are never read"
         elif dataset is not None:
             self._images(path, base, dataset, (self._identity(path),))
         else:
@@ -91,15 +111,27 @@ class _Finder:
     def results(self) -> tuple[list[VolumeSource], list[tuple[str, str]]]:
         """Return everything found and refused, sorted by key, with the DICOM files as series."""
         for (uid, patient), members in sorted(self.series.items(), key=lambda item: item[0]):
-            members.sort()
-            folder = os.path.commonpath([PurePosixPath(key).parent for key, _, _ in members])
-            key = f"{members[0][0] if folder in ('', '.') else folder}#{uid}"
-            if key in self.found:
-                self.refused[key] = "another patient's series in this folder has the same UID"
-                continue
-            paths = tuple(path for _, path, _ in members)
-            self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
+            members_of = {member[1].path: member for member in members}
+            for volume in volumes_of([header for _, header, _ in members], is_slice):
+                self._volume(uid, patient, [members_of[header.path] for header in volume])
         return [self.found[key] for key in sorted(self.found)], sorted(self.refused.items())
+
+    def _volume(self, uid: str, patient: str, members: list[tuple[str, SliceHeader, str]]) -> None:
+        """Take a volume of a series; the first has the plain key, others a suffix of their own."""
+        members = sorted(members, key=lambda member: member[0])
+        folder = os.path.commonpath([PurePosixPath(key).parent for key, _, _ in members])
+        key = f"{members[0][0] if folder in ('', '.') else folder}#{uid}"
+        if key in self.found:
+            first = min([header.text(word) for word in IDENTITY] for _, header, _ in members)
+            text = "\\".join([patient, *first])
+            key += f"+{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        if key in self.found:
+            self.refused[members[0][0]] = (
+                "another volume of its series has images of the same headers"
+            )
+            return
+        paths = tuple(str(header.path) for _, header, _ in members)
+        self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
 
     def _identity(self, path: Path) -> tuple[int, int]:
         status = path.stat()
@@ -188,6 +220,9 @@ class _Finder:
             return
         ending = ending_of(path.name)
         if ending is not None:
+            if image := _image_of_labels(path, ending):
+                self.refused[key] = f"it is named as the labels of {plain_text(image)} beside it"
+                return
             self._add(path, key, dataset, relative[: -len(ending)])
             return
         try:
@@ -206,7 +241,7 @@ class _Finder:
                 self.refused[key] = "it has no SeriesInstanceUID"
                 return
             members = self.series.setdefault((header.series, header.patient), [])
-            members.append((key, str(path), dataset))
+            members.append((key, header, dataset))
 
     def _belongs_to_header(self, path: Path) -> bool:
         data = next((end for end in DETACHED_DATA if path.name.lower().endswith(end)), None)
@@ -252,6 +287,15 @@ def _dataset_around(folder: Path) -> RawDataset | None:
         return find_raw_dataset(folder.parent)
     except UserError:
         return None
+
+
+def _image_of_labels(path: Path, ending: str) -> str | None:
+    """Return the name of the image beside a file that is named as its labels, if there is one."""
+    named = LABEL_NAME.fullmatch(path.name[: -len(ending)])
+    if named is None:
+        return None
+    names = (f"{named[1]}{part}{end}" for part in ("", "_0000") for end in ENDINGS)
+    return next((name for name in names if path.with_name(name).is_file()), None)
 
 
 def _is_folder(path: Path) -> bool:

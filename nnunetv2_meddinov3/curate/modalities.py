@@ -10,10 +10,14 @@ import numpy as np
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource
 
 MR_NAMES = re.compile(r"mri?|t[12](w|c|ce|gd|n|star)*|flair|pdw?|adc|dwi|swi|dce|cbf|cbv|bold")
+BONE, SHIFTED_TISSUE = (300, 700), (900, 1200)  # the second where 1024 was not subtracted
+MIN_HU_SPAN = 40  # noise alone spans more; values scaled to 0..1 or by their deviation do not
 HU_AIR = -200  # below fat; a CT with none of this shows no air at all
 HU_RANGE = (-4000, 4000)  # where nearly all voxels of a CT lie, padding included
 MAX_LABELS = 256
 LABEL_PATCHES = 0.6  # share of a label map's voxels, at least, whose neighbour is the same
+FEW_VALUES = 16  # no image has so few
+NEAR = 24  # of 255: how far lossy compression takes the values of a mask
 SAMPLED = 16  # slices looked at for label maps
 MAX_SAMPLE = 4_000_000  # voxels that percentiles are taken of
 
@@ -30,14 +34,23 @@ def identify(volume: Volume, source: VolumeSource) -> Volume:
     """
     array, notes = volume.array, list(volume.notes)
     modality = volume.modality or modality_of_name(source.channel_name)
-    if source.kind == "file" and looks_like_labels(array):
+    if source.kind == "png":
+        if looks_like_mask_picture(array):
+            raise Unreadable("it looks like a picture of labels (few values), not an image")
+    elif looks_like_labels(array) or (
+        few_values(array) and np.ptp(array) <= MAX_LABELS and not volume.windowed
+    ):
         raise Unreadable("it looks like a label map (few whole numbers, in patches), not an image")
     if modality is None:
-        is_hu = not volume.windowed and looks_like_hu(array)
+        is_hu = not volume.windowed and looks_like_hu(array) and hu_fault(array) is None
         modality = "CT" if is_hu else "unknown"
         notes.append(f"modality guessed from the values: {modality}")
-    elif modality == "CT" and not volume.windowed and not looks_like_hu(array):
-        notes.append("said to be CT, but its values show no air or are out of the range of HU")
+    elif modality == "CT" and not volume.windowed:
+        if fault := hu_fault(array):
+            modality = "unknown"
+            notes.append(f"said to be CT, but its values are no HU: {fault}")
+        elif not looks_like_hu(array):
+            notes.append("said to be CT, but its values show no air")
     intensity = None
     if volume.windowed:
         intensity = {"low": 0.0, "high": 255.0}  # the ends of the window
@@ -66,6 +79,35 @@ def looks_like_hu(array: np.ndarray) -> bool:
     return bool(np.count_nonzero((array >= low) & (array <= high)) >= 0.99 * array.size)
 
 
+def hu_fault(array: np.ndarray) -> str | None:
+    """Return why values cannot be HU, whatever a name or header says; None if they can.
+
+    A volume cropped to the inside of a body has no air and can be HU. Values that were scaled, or
+    that lack the usual rescale intercept of -1024, cannot.
+    """
+    values = array.reshape(-1)
+    values = values[:: max(1, len(values) // MAX_SAMPLE)]
+    values = values[np.isfinite(values) & (values != (padding := padding_value(array)))]
+    if not values.size:
+        return None
+    low, high = HU_RANGE
+    beyond = np.count_nonzero((values < low) | (values > high)) / values.size
+    if beyond > 0.01:
+        return f"{beyond:.0%} of them are beyond {low} to {high}"
+    if ((array <= HU_AIR) & (array != padding)).any():
+        return None
+    low, high = np.percentile(values, [0.05, 99.95])
+    if high - low < MIN_HU_SPAN:
+        return f"they lie between {low:.3g} and {high:.3g}"
+    if low >= 0:
+        return f"they begin at {low:.3g}, and even fat is below 0"
+    bone, shifted = (
+        np.count_nonzero((values >= start) & (values < end))
+        for start, end in (BONE, SHIFTED_TISSUE)
+    )
+    return "most tissue is near 1024, not near 0" if shifted > bone else None
+
+
 def looks_like_labels(array: np.ndarray) -> bool:
     """Return whether a volume (S, H, W) is a segmentation: few whole numbers >= 0, in patches."""
     if array.dtype != np.int16 or array.min() < 0:
@@ -78,6 +120,30 @@ def looks_like_labels(array: np.ndarray) -> bool:
         return False
     same = np.count_nonzero(inside & (sample[:, :, :-1] == sample[:, :, 1:]))
     return bool(same > LABEL_PATCHES * count)
+
+
+def few_values(array: np.ndarray) -> bool:
+    """Return whether there are from 2 to ``FEW_VALUES`` different values."""
+    step = max(1, len(array) // SAMPLED)
+    if len(np.unique(array[::step, ::8, ::8])) > FEW_VALUES:
+        return False  # without sorting a whole volume
+    values: set[float] = set()
+    for image in array:
+        values.update(np.unique(image).tolist())
+        if len(values) > FEW_VALUES:
+            return False
+    return len(values) > 1
+
+
+def looks_like_mask_picture(array: np.ndarray) -> bool:
+    """Return whether pictures (S, H, W) are of labels: few values, or two after JPEG."""
+    if few_values(array):
+        return True
+    low, high = float(array.min()), float(array.max())
+    near = NEAR * (high - low) / 255
+    top = np.count_nonzero(array >= high - near)
+    between = np.count_nonzero((array > low + near) & (array < high - near))
+    return bool(between <= 0.02 * array.size and top >= between)
 
 
 def padding_value(array: np.ndarray) -> int | None:

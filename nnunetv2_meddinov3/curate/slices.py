@@ -23,6 +23,7 @@ BODY_ABOVE = 0.1  # of the way from low to high, for values that are not HU
 AIR_ONLY_BELOW = 0.005  # of the pixels: 1300 of 512 x 512, about what a bare table covers
 TOP_OF_12_BITS_HU = 3071  # 4095 - 1024: where a 12-bit scanner stops
 HASH_WINDOW_HU = (-500.0, 500.0)
+MIN_SIDE = 16  # pixels: one patch of the network
 STORED_HIGH = 16384  # of int16 for the 99.5th percentile of MR: room for as much again above it
 PADDING_BELOW_HU = -1024  # no reconstruction gives less: it was filled in
 PADDING_FROM = 0.01  # of the pixels
@@ -254,7 +255,7 @@ def cut_volume(
         near_excluded: Indices of slices to be flagged as looking like an excluded one.
 
     Raises:
-        Unreadable: If the rules need a pixel spacing and the volume has none, or no slice is left.
+        Unreadable: If no slice of ``MIN_SIDE`` is left, or a spacing is needed and not known.
     """
     if rules.pixel_spacing_mm is not None and volume.spacing is None:
         raise Unreadable(
@@ -269,6 +270,9 @@ def cut_volume(
         counts = count_reasons(left_out.items()).items()
         reasons = ", ".join(f"{number} {reason}" for reason, number in counts)
         raise Unreadable(f"no slice is left ({reasons})")
+    height, width = stack.array.shape[1:]
+    if min(height, width) < MIN_SIDE:
+        raise Unreadable(f"slices of {width}x{height} pixels, narrower than {MIN_SIDE} (a scout?)")
     array, spacing = stack.array[kept], volume.spacing
     if rules.pixel_spacing_mm is not None or rules.size is not None:
         array, spacing = resample_slices(array, spacing, rules.pixel_spacing_mm, rules.size)

@@ -37,7 +37,8 @@ class VolumeSource:
 
     Attributes:
         key: Stable name, posix, never absolute: ``<basename of the argument>/<relative path>``;
-            a DICOM series is its folder's key, ``#`` and the SeriesInstanceUID.
+            a DICOM series is its folder's key, ``#`` and the SeriesInstanceUID; a second volume of
+            one UID in one folder has ``+`` and eight digits behind it.
         kind: ``"file"``, ``"dicom"`` or ``"png"``.
         paths: Absolute files; those of a DICOM series are in no particular order.
         dataset: Name of the nnU-Net dataset or of the folder given as source.
@@ -89,7 +90,8 @@ class Image:
         array: (z, y, x) with rescale applied.
         grid: Its geometry, None for pictures.
         eight_bit: Whether the file stores 8 bits a voxel, which cannot be HU.
-        modality: ``"CT"`` or ``"MR"`` where the file says so, else None.
+        modality: ``"CT"`` or ``"MR"`` where the file says so, ``"unknown"`` for a CT in other units
+            than HU, else None.
         spacing: (z, y, x) in mm of a stack of pictures whose spacing is noted beside it, else None.
         positions_mm: (z,) of each slice along the slices' normal, ascending, where the distances
             may differ; None where the grid says it all.

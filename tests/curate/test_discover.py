@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,53 @@ def test_wrongly_named_images_and_broken_dataset_files_are_reported(tmp_path):
     assert not any("labels" in key for key in keys(found))
 
 
+LABEL_FOLDERS = """Ground, ground_truth, GroundTruth, gt, GT, Masks, mask, train_masks, seg, labels,
+label, segmentations, Segmentation, MASKS_DICOM, LABELLED_DICOM, annotations, labelsTr, labelmap"""
+
+
+@pytest.mark.parametrize("name", re.split(r",\s+", LABEL_FOLDERS))
+def test_folders_of_labels_are_not_entered_whatever_their_format(tmp_path, name, write_dicom):
+    touch(tmp_path / "in/1/ct.nii.gz")
+    for label in ("liver_GT_000.png", "liver.nii.gz", "liver.jpg", "a.nrrd"):
+        touch(tmp_path / "in/1" / name / label)
+    write_dicom(tmp_path / "in/1" / name / "liver.dcm", np.zeros((4, 5), dtype=np.int16))
+    found, refused = find_sources([tmp_path / "in"])
+    assert (keys(found), refused) == (["in/1/ct.nii.gz"], [])
+    found, refused = find_sources([tmp_path / "in/1" / name])
+    assert (found, refused) == ([], [(name, "it holds labels, which are never read")])
+    found, refused = find_sources([tmp_path / "in/1" / name / "a.nrrd"])
+    assert (found, refused) == ([], [("a.nrrd", "it holds labels, which are never read")])
+
+
+@pytest.mark.parametrize(
+    "name", ["unlabelled", "no_masks", "images_and_masks", "ground_floor", "segmented", "grounds"]
+)
+def test_folders_that_only_sound_like_labels_are_entered(tmp_path, name):
+    touch(tmp_path / "in" / name / "ct.nii.gz")
+    found, _ = find_sources([tmp_path / "in"])
+    assert keys(found) == [f"in/{name}/ct.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("a.nii.gz", "a_seg.nii.gz"),
+        ("a.nii.gz", "a-label.nrrd"),
+        ("a_0000.nii.gz", "a_gt.nii.gz"),
+        ("a.jpg", "a_mask.png"),
+        ("a.mha", "a.segmentation.mha"),
+    ],
+)
+def test_files_named_as_the_labels_of_an_image_beside_them_are_refused(tmp_path, image, labels):
+    touch(tmp_path / "in" / labels)
+    found, refused = find_sources([tmp_path / "in"])
+    assert (keys(found), refused) == ([f"in/{labels}"], [])  # of nothing: its content decides
+    touch(tmp_path / "in" / image)
+    found, refused = find_sources([tmp_path / "in"])
+    assert keys(found) == [f"in/{image}"]
+    assert refused == [(f"in/{labels}", f"it is named as the labels of {image} beside it")]
+
+
 def test_folders_are_walked_and_what_is_no_image_is_told_apart(tmp_path):
     folder = tmp_path / "scans"
     for name in ("p1/ct.nii.gz", "p2/ct.NII", "p2/x.nrrd", "y.mha", "z.mhd", "z.raw", "s.PNG"):
@@ -205,8 +253,11 @@ def test_two_patients_under_one_uid_are_not_mixed(tmp_path, write_dicom):
     for name, patient in (("1", "x"), ("2", "y")):
         write_dicom(tmp_path / "in" / f"{name}.dcm", pixels, t0010_0020=patient)
     found, refused = find_sources([tmp_path / "in"])
-    assert [len(source.paths) for source in found] == [1]
-    assert refused == [("in#1.2.3.4", "another patient's series in this folder has the same UID")]
+    assert [len(source.paths) for source in found] == [1, 1]
+    assert found[0].key == "in#1.2.3.4"
+    assert re.fullmatch(r"in#1\.2\.3\.4\+[0-9a-f]{8}", found[1].key)
+    assert found[0].patient != found[1].patient
+    assert refused == []
 
 
 def test_missing_sources_and_two_of_one_name_are_mistakes_of_the_user(tmp_path):

@@ -129,6 +129,14 @@ def test_a_lone_dark_pixel_is_not_padding():
     assert cut(volume_of(array)).records[0].padding_fraction == 0.0
 
 
+@pytest.mark.parametrize("shape", [(64, 1, 64), (64, 64, 1), (30, 15, 200), (30, 200, 15)])
+def test_stripes_are_refused(shape):
+    array = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
+    with pytest.raises(Unreadable, match=f"{shape[2]}x{shape[1]} pixels, narrower than 16"):
+        cut(volume_of(array))
+    assert len(cut(volume_of(np.pad(array, ((0, 0), (0, 15), (0, 15))))).array) == len(array)
+
+
 def test_thinning_goes_from_the_lowest_slice_up():
     volume = volume_of(body((7, 20, 20)), spacing=(0.7, 0.9, 0.9))
     result = cut(volume, min_gap_mm=2.0)  # at 0, 0.7, 1.4, 2.1, 2.8, 3.5, 4.2 mm

@@ -1,26 +1,31 @@
-"""DICOM: headers read with pydicom, and series as one array in the order of their positions.
+"""DICOM series as one array in the order of their positions.
 
-SimpleITK (GDCM) decodes the pixels and applies the rescale, slice by slice. No file reaches either
-library before ``dicom_guard`` has seen that its elements fit into it.
+SimpleITK (GDCM) decodes the pixels and applies the rescale, slice by slice. An image that is no
+slice of the volume costs itself: it is left out, and the notes name its file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import warnings
-from collections import Counter
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 
 from nnunetv2_meddinov3.curate.orient import compact
-from nnunetv2_meddinov3.curate.readers.dicom_guard import Misfit, check_lengths, has_mark
+from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
+from nnunetv2_meddinov3.curate.readers.dicom_series import (
+    GAP,
+    SAME_PLACE_MM,
+    axes_of,
+    by_layout,
+    check_one_pass,
+    instance_of,
+    normal_of,
+    position_of,
+)
 from nnunetv2_meddinov3.curate.readers.images import open_header, without_itk_warnings
 from nnunetv2_meddinov3.curate.volume import (
     Grid,
@@ -34,165 +39,11 @@ from nnunetv2_meddinov3.curate.volume import (
 
 MODALITIES = ("CT", "MR")
 MAX_RATIO = 2000  # of a slice to its file; the codecs of DICOM hardly reach a tenth of it
-SAME_PLACE_MM = 0.01  # slices nearer than this are copies of one
-GAP = 1.5  # times the usual distance, from which a slice is missing
-NO_IMAGE = {  # SOP classes, by their prefixes, that hold no pixels of their own
-    "1.2.840.10008.1.3.10": "a DICOMDIR",
-    "1.2.840.10008.5.1.4.1.1.481.3": "an RT structure set",
-    "1.2.840.10008.5.1.4.1.1.481.5": "an RT plan",
-    "1.2.840.10008.5.1.4.1.1.66": "a segmentation or registration",
-    "1.2.840.10008.5.1.4.1.1.88": "a structured report",
-    "1.2.840.10008.5.1.4.1.1.11": "a presentation state",
-    "1.2.840.10008.5.1.4.1.1.104": "an encapsulated document",
-}
+MAX_NAMED = 5  # files in a note
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-TEXTS = (
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "ImageType",
-    "InstanceNumber",
-    "LossyImageCompression",
-    "Modality",
-    "NumberOfFrames",
-    "PatientID",
-    "PixelSpacing",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "SliceThickness",
-    "StudyInstanceUID",
-)
-TAGS = {
-    keyword: pydicom.tag.Tag(keyword)
-    for keyword in (*TEXTS, "Columns", "MediaStorageSOPClassUID", "Rows", "SamplesPerPixel")
-}
-
-
-@dataclass(frozen=True)
-class SliceHeader:
-    """What is needed of the header of one DICOM image.
-
-    Attributes:
-        path: The file.
-        texts: Keyword of an element (``TEXTS``) -> its text without padding, several values
-            separated by a backslash; empty where it is missing.
-        columns: Pixels along a row.
-        rows: Pixels along a column.
-        samples: Values per pixel, 1 for grey.
-    """
-
-    path: Path
-    texts: dict[str, str]
-    columns: int
-    rows: int
-    samples: int
-
-    def numbers(self, keyword: str, count: int) -> np.ndarray | None:
-        """Return the numbers of an element, None if it does not have that many."""
-        try:
-            values = np.array([float(text) for text in self.texts[keyword].split("\\")])
-        except ValueError:
-            return None
-        return values if len(values) == count and np.isfinite(values).all() else None
-
-    @property
-    def series(self) -> str:
-        """SeriesInstanceUID."""
-        return self.texts["SeriesInstanceUID"]
-
-    @property
-    def patient(self) -> str:
-        """A hash of PatientID (of the study where there is none), never the id itself."""
-        identity = self.texts["PatientID"] or self.texts["StudyInstanceUID"] or self.series
-        return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16]
-
-    @property
-    def layout(self) -> tuple[tuple[float, ...], ...]:
-        """What the slices of one volume share: size, orientation and spacing of the pixels."""
-        axes, pixels = self.numbers("ImageOrientationPatient", 6), self.numbers("PixelSpacing", 2)
-        rounded = [tuple(np.round(v, 3) + 0.0) for v in (axes, pixels) if v is not None]
-        return ((self.columns, self.rows), *rounded)
-
-
-def read_header(path: Path) -> SliceHeader:
-    """Read the header of a DICOM image.
-
-    Raises:
-        Unreadable: If it holds no image, is not DICOM, or is damaged.
-        OSError: If it cannot be opened.
-    """
-    if not has_mark(path):
-        raise Unreadable("it is not a DICOM file")
-    try:
-        has_pixels = check_lengths(path)
-    except Misfit as error:
-        raise Unreadable(f"it is a damaged DICOM file: {error}") from error
-    with _without_pydicom_warnings():
-        return _header(path, _parse(path), has_pixels)
-
-
-@contextmanager
-def _without_pydicom_warnings() -> Iterator[None]:
-    """Keep pydicom from warning and logging meanwhile about odd values, which are judged here."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
-
-
-def _header(path: Path, dataset: pydicom.FileDataset, has_pixels: bool) -> SliceHeader:
-    uid = _text(dataset.file_meta, "MediaStorageSOPClassUID")
-    for prefix, name in NO_IMAGE.items():
-        if f"{uid}.".startswith(f"{prefix}."):
-            raise Unreadable(f"it is {name}, not an image")
-    if not has_pixels:
-        raise Unreadable("it is a DICOM file without pixels")
-    texts = {keyword: _text(dataset, keyword) for keyword in TEXTS}
-    columns, rows = _number(dataset, "Columns"), _number(dataset, "Rows")
-    return SliceHeader(path, texts, columns, rows, _number(dataset, "SamplesPerPixel", 1))
-
-
-def _parse(path: Path) -> pydicom.FileDataset:
-    """Read the elements that are needed, without converting any."""
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS.values()))
-    except OSError:
-        raise
-    except Exception as error:  # whatever malformed bytes lead a parser to
-        raise Unreadable("it is a damaged DICOM file, or one that pydicom cannot read") from error
-
-
-def _text(dataset: pydicom.Dataset, keyword: str) -> str:
-    """Return the text of an element as it is in the file, empty if it is missing.
-
-    The bytes are not decoded by the character set of the file: the hash of a patient must not
-    depend on how an exporter declares it.
-    """
-    element = dataset.get_item(TAGS[keyword])
-    value = getattr(element, "value", None)
-    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value or ""
-    return plain_text(str(text)).strip(" \0")
-
-
-def _number(dataset: pydicom.Dataset, keyword: str, default: int | None = None) -> int:
-    """Return the number of an element (US).
-
-    Raises:
-        Unreadable: If it has none and there is no default.
-    """
-    if default is not None and TAGS[keyword] not in dataset:
-        return default
-    try:
-        return int(dataset[TAGS[keyword]].value)
-    except Exception as error:  # as above
-        raise Unreadable(
-            f"it is a damaged DICOM file: {keyword} is missing or not a number"
-        ) from error
+INVERTED, UPRIGHT = b"MONOCHROME1", b"MONOCHROME2"
+OTHER_UNITS = ("ED", "EDW", "HU_MOD", "MGML", "OD", "PCT", "Z_EFF")  # RescaleType but HU and US
+SCOUT_WORDS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")  # in ImageType
 
 
 def check_decodable(path: Path) -> None:
@@ -214,19 +65,54 @@ def check_kind(header: SliceHeader) -> None:
     Raises:
         Unreadable: With the reason.
     """
-    texts = header.texts
-    if texts["Modality"] not in MODALITIES:
-        raise Unreadable(f"its modality is {texts['Modality'] or 'not stated'}, not CT or MR")
-    if texts["SOPClassUID"] == SECONDARY_CAPTURE:
+    modality = header.text("Modality")
+    if modality not in MODALITIES:
+        raise Unreadable(f"its modality is {modality or 'not stated'}, not CT or MR")
+    sop_class = header.text("SOPClassUID")
+    if f"{sop_class}.".startswith(f"{SECONDARY_CAPTURE}."):
         raise Unreadable("it is a secondary capture (a screenshot), not an acquired image")
     if header.samples != 1:
         raise Unreadable(f"it has colour ({header.samples} samples per pixel)")
-    if texts["NumberOfFrames"] not in ("", "0", "1"):
+    if header.text("PhotometricInterpretation") == "PALETTE COLOR":
+        raise Unreadable("it has a palette of colours")
+    if header.text("NumberOfFrames") not in ("", "0", "1"):
         raise Unreadable("it is multi-frame, which is not read; export it as single frames")
-    check_rescale(_float(texts["RescaleSlope"], 1.0), _float(texts["RescaleIntercept"], 0.0))
+    if header.has_table:
+        raise Unreadable("its values need the table of a ModalityLUTSequence, which is not applied")
+    check_rescale(
+        _float(header.text("RescaleSlope"), 1.0), _float(header.text("RescaleIntercept"), 0.0)
+    )
     columns, rows = header.columns, header.rows
     if 2 * columns * rows > MAX_RATIO * header.path.stat().st_size:
         raise Unreadable(f"it declares {columns}x{rows} pixels, more than the file can hold")
+
+
+def check_slice(header: SliceHeader) -> None:
+    """Refuse an image that cannot be a slice of a volume.
+
+    Raises:
+        Unreadable: With the reason.
+    """
+    check_kind(header)
+    if any(word in header.text("ImageType").upper() for word in SCOUT_WORDS):
+        raise Unreadable("it is a localizer (scout), not a volume")
+    if (
+        header.numbers("ImagePositionPatient", 3) is None
+        or header.numbers("ImageOrientationPatient", 6) is None
+    ):
+        raise Unreadable("its images state no position or orientation")
+    if header.numbers("PixelSpacing", 2) is None:
+        raise Unreadable("its images state no pixel spacing")
+    normal_of(header)
+
+
+def is_slice(header: SliceHeader) -> bool:
+    """Return whether an image can be a slice of a volume."""
+    try:
+        check_slice(header)
+    except (Unreadable, OSError):
+        return False
+    return True
 
 
 def _float(text: str, default: float) -> float:
@@ -236,8 +122,30 @@ def _float(text: str, default: float) -> float:
         return float("nan")
 
 
+class _LeftOut:
+    """Files of a series that do not enter, by the reason."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, path: Path, reason: str) -> None:
+        self.names[reason].append(plain_text(path.name))
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each reason, with the names of the first files."""
+        return [
+            f"{counted(len(names), 'image')} left out, {reason}: {', '.join(names[:MAX_NAMED])}"
+            + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
+            for reason, names in self.names.items()
+        ]
+
+    def why(self) -> str:
+        """Return the reason of most files."""
+        return max(self.names, key=lambda reason: len(self.names[reason]))
+
+
 def read_series(paths: list[Path]) -> Image:
-    """Read the files of one series, in any order.
+    """Read the files of one volume, in any order.
 
     Returns:
         The slices (z, y, x) along their normal, rescale applied; the spacing along z is the usual
@@ -245,72 +153,69 @@ def read_series(paths: list[Path]) -> Image:
 
     Raises:
         Unreadable: If they are not a volume of CT or MR, with the reason.
-        RuntimeError: From SimpleITK if the pixels are damaged.
     """
-    notes: list[str] = []
-    headers = [read_header(path) for path in sorted(paths)]
-    for header in headers:
-        check_kind(header)
-    headers = _one_layout(_without_localizers(headers, notes), notes)
-    headers, positions = _in_order(headers, notes)
+    left_out, notes = _LeftOut(), list[str]()
+    headers = _slices(sorted(paths), left_out)
+    check_one_pass(headers)
+    headers = _in_order(headers, notes)
+    shape = (len(headers), headers[0].rows, headers[0].columns)
+    check_memory(np.prod(shape, dtype=float) * 8)  # float32, and the same again as axial slices
+    decoded: list[SliceHeader] = []
+    array = compact(_pixels(headers, decoded, left_out), shape)[: len(decoded)]
+    if not decoded:
+        raise Unreadable(left_out.why())
+
+    normal = normal_of(headers[0])
+    positions = np.array([float(normal @ position_of(header)) for header in decoded])
     steps = np.diff(positions)
-    usual = float(np.median(steps)) if len(steps) else _single_thickness(headers[0], notes)
+    usual = float(np.median(steps)) if len(steps) else _single_thickness(decoded[0], notes)
     missing = int(np.sum(np.round(steps[steps > GAP * usual] / usual) - 1))
     if missing:
         notes.append(f"{counted(missing, 'slice')} missing between others, positions kept")
-    _note_acquisition(headers, notes)
-
-    shape = (len(headers), headers[0].rows, headers[0].columns)
-    check_memory(np.prod(shape, dtype=float) * 8)  # float32, and the same again as axial slices
+    _note_acquisition(decoded, notes)
+    modality = _modality(decoded[0], notes)
     return Image(
-        array=compact(_pixels(headers), shape),
-        grid=_grid(headers, positions, usual),
-        modality=headers[0].texts["Modality"],
+        array=array,
+        grid=_grid(decoded, positions, usual),
+        modality=modality,
         positions_mm=positions,
         has_gaps=missing > 0,
-        notes=notes,
+        notes=[*left_out.notes(), *notes],
     )
 
 
-def _without_localizers(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
-    kept = [h for h in headers if "LOCALIZER" not in h.texts["ImageType"].upper()]
-    if not kept:
-        raise Unreadable("it is a localizer (scout), not a volume")
-    if len(kept) < len(headers):
-        notes.append(f"{counted(len(headers) - len(kept), 'localizer')} left out")
-    placed = [
-        header
-        for header in kept
-        if header.numbers("ImagePositionPatient", 3) is not None
-        and header.numbers("ImageOrientationPatient", 6) is not None
-    ]
-    if not placed:
-        raise Unreadable("its images state no position or orientation")
-    if len(placed) < len(kept):
-        notes.append(f"{counted(len(kept) - len(placed), 'image')} without a position left out")
-    return placed
-
-
-def _one_layout(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
-    """Return the largest group of images of one size, orientation and spacing."""
-    if any(header.numbers("PixelSpacing", 2) is None for header in headers):
-        raise Unreadable("its images state no pixel spacing")
-    counts = Counter(header.layout for header in headers)
-    layout = max(sorted(counts), key=counts.__getitem__)
-    kept = [header for header in headers if header.layout == layout]
-    if len(kept) < len(headers):
-        notes.append(
-            f"{counted(len(headers) - len(kept), 'image')} of another size, orientation or pixel "
-            "spacing left out"
-        )
+def _slices(paths: list[Path], left_out: _LeftOut) -> list[SliceHeader]:
+    """Return the headers of the largest group of images that can be slices of one volume."""
+    headers = []
+    for path in paths:
+        try:
+            header = read_header(path)
+            check_slice(header)
+        except Unreadable as error:
+            left_out.add(path, str(error))
+        else:
+            headers.append(header)
+    if not headers:
+        raise Unreadable(left_out.why())
+    first, *odd = by_layout(headers)
+    for header in (header for group in odd for header in group):
+        left_out.add(header.path, "of another size, orientation or pixel spacing")
+    with_rescale = [header for header in first if header.has_rescale]
+    without = [header for header in first if not header.has_rescale]
+    if not with_rescale or not without or first[0].text("Modality") != "CT":
+        return first
+    kept, others = sorted((without, with_rescale), key=len, reverse=True)
+    for header in others:
+        reason = "without the rescale of" if others is without else "with a rescale, unlike"
+        left_out.add(header.path, f"{reason} the others")
     return kept
 
 
-def _in_order(headers: list[SliceHeader], notes: list[str]) -> tuple[list[SliceHeader], np.ndarray]:
-    """Return slices by their positions (mm, ascending) along the normal, one at each position."""
-    normal = _normal(headers[0])
+def _in_order(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
+    """Return slices by their positions along the normal, one at each position."""
+    normal = normal_of(headers[0])
     placed = sorted(
-        (float(normal @ _position(header)), _instance(header), header.path.name, i)
+        (float(normal @ position_of(header)), instance_of(header), header.path.name, i)
         for i, header in enumerate(headers)
     )
     chosen: list[tuple[float, float, str, int]] = []
@@ -324,35 +229,7 @@ def _in_order(headers: list[SliceHeader], notes: list[str]) -> tuple[list[SliceH
             f"{counted(len(placed) - len(chosen), 'duplicate slice')} left out (same position; the "
             "first by instance number kept)"
         )
-    return [headers[entry[3]] for entry in chosen], np.array([entry[0] for entry in chosen])
-
-
-def _position(header: SliceHeader) -> np.ndarray:
-    """Centre of the first pixel (x, y, z) in mm, of a header that states it."""
-    position = header.numbers("ImagePositionPatient", 3)
-    assert position is not None
-    return position
-
-
-def _axes(header: SliceHeader) -> np.ndarray:
-    """Directions of a row and of a column, six cosines, of a header that states them."""
-    axes = header.numbers("ImageOrientationPatient", 6)
-    assert axes is not None
-    return axes
-
-
-def _instance(header: SliceHeader) -> float:
-    number = header.numbers("InstanceNumber", 1)
-    return float("inf") if number is None else float(number[0])
-
-
-def _normal(header: SliceHeader) -> np.ndarray:
-    axes = _axes(header)
-    normal = np.cross(axes[:3], axes[3:])
-    length = float(np.linalg.norm(normal))
-    if not 0.9 < length < 1.1:
-        raise Unreadable("its rows and columns are not perpendicular unit vectors")
-    return normal / length
+    return [headers[entry[3]] for entry in chosen]
 
 
 def _single_thickness(header: SliceHeader, notes: list[str]) -> float:
@@ -363,21 +240,36 @@ def _single_thickness(header: SliceHeader, notes: list[str]) -> float:
     return 1.0
 
 
+def _modality(header: SliceHeader, notes: list[str]) -> str | None:
+    """Return what a header says its values are, None where a CT does not say how to reach HU."""
+    modality = header.text("Modality")
+    if modality != "CT":
+        return modality
+    unit = header.text("RescaleType").upper()
+    if unit in OTHER_UNITS:
+        notes.append(f"a CT, but its values are in {unit}, not HU")
+        return "unknown"
+    if not header.has_rescale:
+        notes.append("a CT whose header states no rescale to HU")
+        return None
+    return modality
+
+
 def _note_acquisition(headers: list[SliceHeader], notes: list[str]) -> None:
     thickness = headers[0].numbers("SliceThickness", 1)
     if thickness is not None:
         notes.append(f"slice thickness {thickness[0]:g} mm")
-    if any(header.texts["LossyImageCompression"] == "01" for header in headers):
+    if any(header.text("LossyImageCompression") == "01" for header in headers):
         notes.append("compressed with loss before")
 
 
 def _grid(headers: list[SliceHeader], positions: np.ndarray, usual: float) -> Grid:
     """Geometry of the sorted slices; the way from first to last shows a gantry tilt."""
-    axes, spacing = _axes(headers[0]), headers[0].numbers("PixelSpacing", 2)
+    axes, spacing = axes_of(headers[0]), headers[0].numbers("PixelSpacing", 2)
     assert spacing is not None
     row_mm, column_mm = map(float, spacing)  # between rows comes first
-    first, last = _position(headers[0]), _position(headers[-1])
-    through = _normal(headers[0])
+    first, last = position_of(headers[0]), position_of(headers[-1])
+    through = normal_of(headers[0])
     length = usual
     if len(headers) > 1:
         along = (last - first) / (positions[-1] - positions[0])  # mm of way per mm of normal
@@ -387,7 +279,40 @@ def _grid(headers: list[SliceHeader], positions: np.ndarray, usual: float) -> Gr
     return Grid(direction, (column_mm, row_mm, length), first)
 
 
-def _pixels(headers: list[SliceHeader]) -> Iterator[np.ndarray]:
+def _pixels(
+    headers: list[SliceHeader], decoded: list[SliceHeader], left_out: _LeftOut
+) -> Iterator[np.ndarray]:
+    """Yield the slices that can be decoded, and collect their headers in ``decoded``."""
     for header in headers:
-        image = sitk.ReadImage(str(header.path), imageIO="GDCMImageIO")
-        yield sitk.GetArrayViewFromImage(image)[0]
+        try:
+            pixels = _decoded(header)
+        except RuntimeError:  # GDCM's errors name the file and its addresses in memory
+            left_out.add(header.path, "its pixels cannot be decoded")
+            continue
+        if pixels.shape != (header.rows, header.columns):
+            left_out.add(header.path, "its pixels are of another size than its header says")
+            continue
+        decoded.append(header)
+        yield pixels
+
+
+def _decoded(header: SliceHeader) -> np.ndarray:
+    """Return the values of an image (rows, columns), rescale applied.
+
+    GDCM turns MONOCHROME1 round for display, and not by the same rule for every number of bits and
+    sign. How an image is shown changes no HU, so GDCM is given a copy that says MONOCHROME2.
+    """
+    path, at = header.path, header.photometric_at
+    if header.text("PhotometricInterpretation") != INVERTED.decode() or at is None:
+        return _gdcm_pixels(path)
+    data = path.read_bytes()
+    at = data.index(INVERTED, at)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "upright.dcm"
+        copy.write_bytes(data[:at] + UPRIGHT + data[at + len(UPRIGHT) :])
+        return _gdcm_pixels(copy)
+
+
+def _gdcm_pixels(path: Path) -> np.ndarray:
+    image = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
+    return np.asarray(sitk.GetArrayFromImage(image)[0])

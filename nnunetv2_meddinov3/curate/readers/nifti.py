@@ -95,12 +95,15 @@ def _read_voxels(
 
 
 def _rescale(array: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:
-    """Apply slope and intercept as SimpleITK does: a slope of 0 or NaN counts as 1."""
-    slope, intercept = np.nan_to_num([header["scl_slope"], header["scl_inter"]], posinf=np.inf)
-    slope = float(slope) or 1.0
-    if (slope, intercept) == (1, 0):
+    """Apply slope and intercept; a slope of 0 or NaN means no scaling, whatever the intercept.
+
+    That is the standard's rule, and nibabel's. SimpleITK adds the intercept all the same.
+    """
+    pair = np.nan_to_num([header["scl_slope"], header["scl_inter"]], posinf=np.inf)
+    slope, intercept = map(float, pair)
+    if slope == 0 or (slope, intercept) == (1, 0):
         return array
-    check_rescale(slope, float(intercept))
+    check_rescale(slope, intercept)
     return compact((values * slope + intercept for values in array), array.shape)
 
 

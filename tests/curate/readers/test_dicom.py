@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nnunetv2_meddinov3.curate.discover import find_sources
 from nnunetv2_meddinov3.curate.modalities import identify
 from nnunetv2_meddinov3.curate.orient import reorient
-from nnunetv2_meddinov3.curate.readers import dicom, read
+from nnunetv2_meddinov3.curate.readers import dicom, dicom_header, read
 from nnunetv2_meddinov3.curate.volume import Unreadable
 
 LIDC = Path(__file__).parents[4] / "shared/data/lidc_idri_0314/lidc_idri_0314_ct.nii.gz"
@@ -141,9 +141,10 @@ def test_localizers_and_images_of_another_size_in_a_series_are_left_out(
     write_dicom(folder / "wide.dcm", np.zeros((20, 30), dtype=np.int16))
     volume = read_only(folder)
     np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(ct))
-    assert "1 localizer left out" in volume.notes
-    left_out = "1 image of another size, orientation or pixel spacing left out"
-    assert left_out in volume.notes
+    scout = "1 image left out, it is a localizer (scout), not a volume: scout.dcm"
+    assert scout in volume.notes
+    wide = "1 image left out, of another size, orientation or pixel spacing: wide.dcm"
+    assert wide in volume.notes
 
 
 def test_slices_from_head_to_feet_and_prone_patients_come_out_in_one_order(ct, write_series):
@@ -195,13 +196,16 @@ def test_what_is_no_acquired_ct_or_mr_is_refused_with_its_reason(write_series, t
 
 
 @pytest.mark.parametrize("slope", [b"0 ", b"x ", b"-0"])
-def test_a_single_slice_with_an_absurd_slope_refuses_the_series(write_series, slope):
+def test_a_single_slice_with_an_absurd_slope_is_left_out(ct, write_series, slope):
     folder = write_series(change=lambda k, tags: {**tags, "t0028_1053": "2", "t0028_1052": "0"})
     path = sorted(folder.iterdir())[2]
     data = path.read_bytes()
     at = data.index(b"\x28\x00\x53\x10") + 8
     path.write_bytes(data[:at] + slope + data[at + 2 :])
-    assert reason(folder).startswith("its rescale is absurd")
+    volume = read_only(folder)
+    assert len(volume.array) == 5
+    assert volume.notes[0].startswith("1 image left out, its rescale is absurd (slope")
+    assert volume.notes[0].endswith(path.name)
 
 
 def test_header_text_that_is_no_unicode_is_escaped_in_the_reason(write_series):
@@ -257,7 +261,7 @@ def test_a_length_beyond_the_file_reaches_no_parser(ct, write_series, monkeypatc
     data = bytearray(path.read_bytes())
     data[data.index(tag) + offset] = 0x77
     path.write_bytes(data)
-    monkeypatch.setattr(dicom.pydicom, "dcmread", None)
+    monkeypatch.setattr(dicom_header.pydicom, "dcmread", None)
     monkeypatch.setattr(dicom, "open_header", None)
     found, refused = find_sources([path])
     assert found == []

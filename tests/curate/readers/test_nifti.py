@@ -5,7 +5,7 @@ import SimpleITK as sitk
 
 
 @pytest.mark.parametrize(
-    ("slope", "intercept"), [(2.0, -1024.0), (0.37, 11.5), (0.0, 7.0), (np.nan, 0.0)]
+    ("slope", "intercept"), [(2.0, -1024.0), (0.37, 11.5), (0.0, 0.0), (np.nan, 0.0)]
 )
 def test_the_rescale_of_nifti_is_applied_as_simpleitk_does(
     tmp_path, ct, slope, intercept, read_path, write_as
@@ -17,6 +17,18 @@ def test_the_rescale_of_nifti_is_applied_as_simpleitk_does(
     expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
     np.testing.assert_array_equal(read_path(path).array, expected)
     assert (read_path(path).array.dtype == np.float32) == (slope == 0.37)
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.0, np.nan])
+@pytest.mark.parametrize("intercept", [7.0, -1024.0, 1e9])
+def test_a_slope_of_zero_means_no_scaling_whatever_the_intercept(
+    tmp_path, ct, slope, intercept, read_path, write_as
+):
+    path = write_as(ct, tmp_path / "v.nii")
+    data = bytearray(path.read_bytes())
+    data[112:120] = np.array([slope, intercept], dtype="<f4").tobytes()
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_path(path).array, nibabel.load(path).get_fdata().T)
 
 
 def test_big_endian_and_nifti_2_files_are_read(tmp_path, ct, read_path):
