@@ -36,6 +36,7 @@ class Job:
     writer: StoreWriter
     rules: SliceRules = field(default_factory=SliceRules)
     guard: Guard = field(default_factory=Guard)
+    names_patients: bool = False  # by --patients, which also holds for what has entered before
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Outcome:
 
     Attributes:
         key: Of the source.
-        state: ``"entered"``, ``"present"`` (entered in an earlier run) or ``"skipped"``.
-        reason: Why it was skipped, in one line; else empty.
+        state: ``"entered"``, ``"present"`` (entered in an earlier run), ``"excluded"`` (kept out on
+            request, by ``--exclude``) or ``"skipped"`` (it cannot enter).
+        reason: Why it was excluded or skipped, in one line; else empty.
         slices: Number of slices written.
         left_out: Reason -> number of slices of the volume left out for it.
         n_bytes: Size of the source's files, 0 where they were not read.
+        notes: Remarks in the record of the volume.
     """
 
     key: str
@@ -57,6 +60,7 @@ class Outcome:
     slices: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     n_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def ingest(source: VolumeSource, job: Job) -> Outcome:
@@ -67,6 +71,13 @@ def ingest(source: VolumeSource, job: Job) -> Outcome:
     Raises:
         UserError: If the store cannot be written.
     """
+    outcome = _ingest(source, job)
+    if outcome.state == "present" and job.names_patients:
+        job.writer.name_patient(source.key, source.patient)
+    return outcome
+
+
+def _ingest(source: VolumeSource, job: Job) -> Outcome:
     try:
         sha256 = source_sha256(source.paths)
         if job.writer.has(source.key, sha256):
@@ -76,7 +87,7 @@ def ingest(source: VolumeSource, job: Job) -> Outcome:
         stack = stack_slices(volume)
         excluded, near = job.guard.inspect(stack)
         if excluded:
-            raise Unreadable(excluded)
+            return Outcome(source.key, "excluded", excluded)
         cut = cut_volume(volume, stack, job.rules, frozenset(near))
         n_bytes = sum(Path(path).stat().st_size for path in source.paths)
     except Exception as error:  # a reader may fail in its own way on a malformed file
@@ -85,7 +96,7 @@ def ingest(source: VolumeSource, job: Job) -> Outcome:
     record = _record(source, sha256, volume, cut, stack.intensity, notes)
     job.writer.write_volume(record, cut.array)
     counts = count_reasons(cut.left_out)
-    return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes)
+    return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes, notes)
 
 
 def skipped(key: str, reason: str) -> Outcome:

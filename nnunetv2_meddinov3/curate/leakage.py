@@ -33,6 +33,7 @@ from nnunetv2_meddinov3.store.index import read_records
 from nnunetv2_meddinov3.store.layout import INDEX, MANIFEST, STORE, read_options
 from nnunetv2_meddinov3.store.records import VolumeRecord
 
+EXCLUDED = "excluded: "  # begins the reason of a source that --exclude keeps out
 NEAR_BITS = 4  # of 64
 _LIST_LINE = re.compile(r"([0-9a-fA-F]{64})(?:[\s,]+([0-9a-fA-F]{16}))?(?:[\s,].*)?")
 _NOTE = "leakage guard"
@@ -124,7 +125,7 @@ class Guard:
             names = " and ".join(sorted({name for name, _ in found}))
             as_it_is = any(is_itself for _, is_itself in found)
             how = "" if as_it_is else ", mirrored or turned"
-            return f"excluded: shares {number} with {names}{how}", []
+            return f"{EXCLUDED}shares {number} with {names}{how}", []
         return None, [z for z in compared if self._is_near(stack, z)]
 
     def _origin(self, image: np.ndarray) -> tuple[str, bool] | None:

@@ -57,6 +57,18 @@ class StoreWriter:
             return False
         return record.source_sha256 == source_sha256 and size == record.array_bytes
 
+    def name_patient(self, source_key: str, patient: str) -> None:
+        """Correct the patient of a source that has entered.
+
+        Raises:
+            UserError: If the record cannot be written.
+        """
+        path = self.folder / layout.RECORDS / layout.record_name(source_key)
+        record = read_record(path)
+        if record.patient != patient:
+            record = replace(record, patient=patient)
+            files.write_bytes(path, layout.sealed(record.to_dict(), "record_sha256"))
+
     def write_volume(self, record: VolumeRecord, slices: np.ndarray) -> VolumeRecord:
         """Store the slices of one source and return its completed record.
 
