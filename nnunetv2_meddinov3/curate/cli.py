@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         shard=_shard(arguments.shard),
         exclude=arguments.exclude,
         patients=arguments.patients,
+        hide_paths=arguments.hide_paths,
         pixel_spacing_mm=arguments.pixel_spacing,
         size=arguments.size,
         min_gap_mm=arguments.min_gap_mm,
@@ -94,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="its first group, or whole match, is the patient in the name of a file or case, also "
         "of those in the store. Default: each file or case is a patient; DICOM names its own",
+    )
+    add(
+        "--hide-paths",
+        action="store_true",
+        help="store keyed hashes instead of the names of files and folders; for the store's "
+        "lifetime",
     )
     add(
         "--pixel-spacing",

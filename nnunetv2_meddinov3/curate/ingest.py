@@ -14,6 +14,7 @@ from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.curate.leakage import Guard
 from nnunetv2_meddinov3.curate.modalities import identify
 from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.privacy import Names
 from nnunetv2_meddinov3.curate.readers import read
 from nnunetv2_meddinov3.curate.slices import (
     CutVolume,
@@ -36,6 +37,7 @@ class Job:
     writer: StoreWriter
     rules: SliceRules = field(default_factory=SliceRules)
     guard: Guard = field(default_factory=Guard)
+    names: Names = field(default_factory=Names)
     names_patients: bool = False  # by --patients, which also holds for what has entered before
 
 
@@ -71,16 +73,18 @@ def ingest(source: VolumeSource, job: Job) -> Outcome:
     Raises:
         UserError: If the store cannot be written.
     """
-    outcome = _ingest(source, job)
-    if outcome.state == "present" and job.names_patients:
-        job.writer.name_patient(source.key, source.patient)
+    stored = job.names.stored(source)
+    outcome = _ingest(source, stored, job)
+    if outcome.state == "present" and job.names_patients and source.kind != "dicom":
+        job.writer.name_patient(stored.key, stored.patient)
     return outcome
 
 
-def _ingest(source: VolumeSource, job: Job) -> Outcome:
+def _ingest(source: VolumeSource, stored: VolumeSource, job: Job) -> Outcome:
+    """Bring a source into the store under the names that it has there."""
     try:
         sha256 = source_sha256(source.paths)
-        if job.writer.has(source.key, sha256):
+        if job.writer.has(stored.key, sha256):
             return Outcome(source.key, "present")
         volume = reorient(read(source))  # in one line: the voxels in the file's order are freed
         volume = identify(volume, source)
@@ -92,8 +96,9 @@ def _ingest(source: VolumeSource, job: Job) -> Outcome:
         n_bytes = sum(Path(path).stat().st_size for path in source.paths)
     except Exception as error:  # a reader may fail in its own way on a malformed file
         return skipped(source.key, _why(error))
-    notes = (*stack.notes, *job.guard.note())
-    record = _record(source, sha256, volume, cut, stack.intensity, notes)
+    notes = tuple(job.names.remark(note, source.key, source.paths) for note in stack.notes)
+    notes = (*notes, *job.guard.note())
+    record = _record(stored, sha256, volume, cut, stack.intensity, notes)
     job.writer.write_volume(record, cut.array)
     counts = count_reasons(cut.left_out)
     return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes, notes)

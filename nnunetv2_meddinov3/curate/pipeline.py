@@ -20,6 +20,7 @@ from nnunetv2_meddinov3.curate.leakage import (
     check_store,
 )
 from nnunetv2_meddinov3.curate.patients import compiled, named_by
+from nnunetv2_meddinov3.curate.privacy import Names
 from nnunetv2_meddinov3.curate.report import write_report
 from nnunetv2_meddinov3.curate.slices import SliceRules
 from nnunetv2_meddinov3.curate.volume import VolumeSource, counted
@@ -145,6 +146,7 @@ def curate(
     shard: tuple[int, int] = (0, 1),
     exclude: Sequence[Path | str] = (),
     patients: str | None = None,
+    hide_paths: bool = False,
     pixel_spacing_mm: float | None = None,
     size: int | None = None,
     min_gap_mm: float = 0.0,
@@ -169,6 +171,8 @@ def curate(
         exclude: What must not enter, see ``leakage.build_guard``.
         patients: Regular expression whose first group, or whole match, is the patient in the name
             of a file or case, see ``patients.named_by``; also of what has entered before.
+        hide_paths: Store keyed hashes instead of the names of files and folders; for the lifetime
+            of a store.
         pixel_spacing_mm: In-plane spacing to resample to; None keeps the native one.
         size: Pixels per side to resize to; None keeps the size.
         min_gap_mm: Smallest distance between slices of one volume that enter.
@@ -199,19 +203,22 @@ def curate(
         check_benchmarks(found, arguments, excluded, benchmark_names)
     guard = build_guard(excluded, progress)
     check_store(guard, Path(store))
-    writer = StoreWriter(Path(store).absolute(), rules.options())
-    job = Job(writer, rules, guard, names_patients=pattern is not None)
+    # an option only where it is set: stores of before have none of this name
+    options = rules.options() | ({"hide_paths": True} if hide_paths else {})
+    writer = StoreWriter(Path(store).absolute(), options)
+    names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
+    job = Job(writer, rules, guard, names, names_patients=pattern is not None)
 
     summary = Summary()
     for key, reason in refused:
         if in_shard(key, shard):
-            _count(skipped(key, reason), summary, job.writer)
+            _count(skipped(key, reason), summary, job)
     mine = [source for source in found if in_shard(source.key, shard)]
     with Stop() as stop:
         with Progress(len(mine), "volumes", every=PROGRESS_EVERY, stream=progress) as bar:
             begin = time.monotonic()
             for outcome in _run(mine, job, workers, dask_scheduler, stop):
-                _count(outcome, summary, job.writer)
+                _count(outcome, summary, job)
                 rate = summary.slices / max(time.monotonic() - begin, 1e-9)
                 bar.advance(
                     f"{summary.slices} slices, {rate:.0f} slices/s, {len(summary.skipped)} skipped"
@@ -223,10 +230,11 @@ def curate(
     return summary
 
 
-def _count(outcome: Outcome, summary: Summary, writer: StoreWriter) -> None:
+def _count(outcome: Outcome, summary: Summary, job: Job) -> None:
     """Add an outcome to the summary, and note in the store why a source did not enter."""
     if outcome.state in ("skipped", "excluded"):
-        writer.write_skip(outcome.key, outcome.reason)
+        reason = job.names.remark(outcome.reason, outcome.key)
+        job.writer.write_skip(job.names.source_key(outcome.key), reason)
     summary.add(outcome)
 
 
