@@ -15,8 +15,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: What was typed after ``meddinov3 curate``; by default that of this process.
 
     Returns:
-        The exit code: 0 if every source entered, 3 if some were skipped, 2 if none entered,
-        128 + its number if a signal stopped the run.
+        The exit code: 0 if every source entered or was excluded on request, 3 if some were
+        skipped, 2 if none entered, 128 + its number if a signal stopped the run.
 
     Raises:
         UserError: A mistake in the arguments, before anything is written, or a store that cannot
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         workers=arguments.workers,
         shard=_shard(arguments.shard),
         exclude=arguments.exclude,
+        patients=arguments.patients,
+        hide_paths=arguments.hide_paths,
         pixel_spacing_mm=arguments.pixel_spacing,
         size=arguments.size,
         min_gap_mm=arguments.min_gap_mm,
@@ -87,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TESTS",
         help="must not enter, recognised by content: nnU-Net raw dataset (its imagesTs), folder or "
         "file of volumes, store, or text file of hashes",
+    )
+    add(
+        "--patients",
+        metavar="REGEX",
+        help="its first group, or whole match, is the patient in the name of a file or case, also "
+        "of those in the store. Default: each file or case is a patient; DICOM names its own",
+    )
+    add(
+        "--hide-paths",
+        action="store_true",
+        help="store keyed hashes instead of the names of files and folders; for the store's "
+        "lifetime",
     )
     add(
         "--pixel-spacing",

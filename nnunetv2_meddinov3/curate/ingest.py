@@ -14,6 +14,7 @@ from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.curate.leakage import Guard
 from nnunetv2_meddinov3.curate.modalities import identify
 from nnunetv2_meddinov3.curate.orient import reorient
+from nnunetv2_meddinov3.curate.privacy import Names
 from nnunetv2_meddinov3.curate.readers import read
 from nnunetv2_meddinov3.curate.slices import (
     CutVolume,
@@ -36,6 +37,8 @@ class Job:
     writer: StoreWriter
     rules: SliceRules = field(default_factory=SliceRules)
     guard: Guard = field(default_factory=Guard)
+    names: Names = field(default_factory=Names)
+    names_patients: bool = False  # by --patients, which also holds for what has entered before
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ class Outcome:
 
     Attributes:
         key: Of the source.
-        state: ``"entered"``, ``"present"`` (entered in an earlier run) or ``"skipped"``.
-        reason: Why it was skipped, in one line; else empty.
+        state: ``"entered"``, ``"present"`` (entered in an earlier run), ``"excluded"`` (kept out on
+            request, by ``--exclude``) or ``"skipped"`` (it cannot enter).
+        reason: Why it was excluded or skipped, in one line; else empty.
         slices: Number of slices written.
         left_out: Reason -> number of slices of the volume left out for it.
         n_bytes: Size of the source's files, 0 where they were not read.
+        notes: Remarks in the record of the volume.
     """
 
     key: str
@@ -57,6 +62,7 @@ class Outcome:
     slices: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     n_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def ingest(source: VolumeSource, job: Job) -> Outcome:
@@ -67,25 +73,35 @@ def ingest(source: VolumeSource, job: Job) -> Outcome:
     Raises:
         UserError: If the store cannot be written.
     """
+    stored = job.names.stored(source)
+    outcome = _ingest(source, stored, job)
+    if outcome.state == "present" and job.names_patients and source.kind != "dicom":
+        job.writer.name_patient(stored.key, stored.patient)
+    return outcome
+
+
+def _ingest(source: VolumeSource, stored: VolumeSource, job: Job) -> Outcome:
+    """Bring a source into the store under the names that it has there."""
     try:
         sha256 = source_sha256(source.paths)
-        if job.writer.has(source.key, sha256):
+        if job.writer.has(stored.key, sha256):
             return Outcome(source.key, "present")
         volume = reorient(read(source))  # in one line: the voxels in the file's order are freed
         volume = identify(volume, source)
         stack = stack_slices(volume)
         excluded, near = job.guard.inspect(stack)
         if excluded:
-            raise Unreadable(excluded)
+            return Outcome(source.key, "excluded", excluded)
         cut = cut_volume(volume, stack, job.rules, frozenset(near))
         n_bytes = sum(Path(path).stat().st_size for path in source.paths)
     except Exception as error:  # a reader may fail in its own way on a malformed file
         return skipped(source.key, _why(error))
-    notes = (*stack.notes, *job.guard.note())
-    record = _record(source, sha256, volume, cut, stack.intensity, notes)
+    notes = tuple(job.names.remark(note, source.key, source.paths) for note in stack.notes)
+    notes = (*notes, *job.guard.note())
+    record = _record(stored, sha256, volume, cut, stack.intensity, notes)
     job.writer.write_volume(record, cut.array)
     counts = count_reasons(cut.left_out)
-    return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes)
+    return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes, notes)
 
 
 def skipped(key: str, reason: str) -> Outcome:

@@ -26,11 +26,14 @@ from nnunetv2_meddinov3.store.fingerprints import (
     bit_distances,
     perceptual_hash,
     slice_sha256,
+    turned,
+    turned_hashes,
 )
 from nnunetv2_meddinov3.store.index import read_records
 from nnunetv2_meddinov3.store.layout import INDEX, MANIFEST, STORE, read_options
 from nnunetv2_meddinov3.store.records import VolumeRecord
 
+EXCLUDED = "excluded: "  # begins the reason of a source that --exclude keeps out
 NEAR_BITS = 4  # of 64
 _LIST_LINE = re.compile(r"([0-9a-fA-F]{64})(?:[\s,]+([0-9a-fA-F]{16}))?(?:[\s,].*)?")
 _NOTE = "leakage guard"
@@ -104,9 +107,10 @@ class Guard:
         return (f"{_NOTE} {digest}: compared with {len(self.origins)} excluded slices",)
 
     def inspect(self, stack: Stack) -> tuple[str | None, list[int]]:
-        """Compare a volume with what is excluded.
+        """Compare a volume with what is excluded, also mirrored, turned and transposed in-plane.
 
-        Slices that are constant or show only air are not compared: they are alike in many volumes.
+        The incoming side is turned, since of a store or a list only hashes are known. Slices that
+        are constant or show only air are not compared: they are alike in many volumes.
 
         Returns:
             The reason to leave out the whole volume, None if it may enter, and the indices of the
@@ -115,18 +119,27 @@ class Guard:
         if not self.origins:
             return None, []
         compared = stack.informative()
-        hashes = [slice_sha256(stack.array[z]) for z in compared]
-        shared = [self.origins[sha256] for sha256 in hashes if sha256 in self.origins]
-        if shared:
-            number = counted(len(shared), "slice")
-            return f"excluded: shares {number} with {' and '.join(sorted(set(shared)))}", []
+        found = [each for z in compared if (each := self._origin(stack.array[z])) is not None]
+        if found:
+            number = counted(len(found), "slice")
+            names = " and ".join(sorted({name for name, _ in found}))
+            as_it_is = any(is_itself for _, is_itself in found)
+            how = "" if as_it_is else ", mirrored or turned"
+            return f"{EXCLUDED}shares {number} with {names}{how}", []
         return None, [z for z in compared if self._is_near(stack, z)]
+
+    def _origin(self, image: np.ndarray) -> tuple[str, bool] | None:
+        """Return the exclusion that holds a slice, and whether as it is; None if none does."""
+        for number, each in enumerate(turned(image)):
+            if (name := self.origins.get(slice_sha256(each))) is not None:
+                return name, number == 0
+        return None
 
     def _is_near(self, stack: Stack, z: int) -> bool:
         if not len(self.phashes):
             return False
-        phash = as_numbers([perceptual_hash(stack.array[z], *stack.scale.window)])[0]
-        return bool(bit_distances(phash, self.phashes).min() <= NEAR_BITS)
+        hashes = as_numbers(set(turned_hashes(stack.array[z], *stack.scale.window)))
+        return any(bit_distances(each, self.phashes).min() <= NEAR_BITS for each in hashes)
 
 
 def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Guard:

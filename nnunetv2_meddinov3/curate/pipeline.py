@@ -14,10 +14,13 @@ from nnunetv2_meddinov3.curate.discover import find_sources
 from nnunetv2_meddinov3.curate.ingest import Job, Outcome, skipped
 from nnunetv2_meddinov3.curate.leakage import (
     DEFAULT_BENCHMARKS,
+    EXCLUDED,
     build_guard,
     check_benchmarks,
     check_store,
 )
+from nnunetv2_meddinov3.curate.patients import compiled, named_by
+from nnunetv2_meddinov3.curate.privacy import Names
 from nnunetv2_meddinov3.curate.report import write_report
 from nnunetv2_meddinov3.curate.slices import SliceRules
 from nnunetv2_meddinov3.curate.volume import VolumeSource, counted
@@ -26,9 +29,11 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.signals import Stop
 from nnunetv2_meddinov3.store.index import build_index
+from nnunetv2_meddinov3.store.records import kind_of
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
-MAX_SHOWN = 20  # skipped sources in a summary
+MAX_SHOWN = 20  # reasons in a summary
+MAX_NAMED = 3  # sources of one reason
 PROGRESS_EVERY = 50  # volumes between two lines where there is no terminal
 ALL_ENTERED, NONE_ENTERED, SOME_SKIPPED = 0, 2, 3
 
@@ -40,9 +45,11 @@ class Summary:
     Attributes:
         entered: Number of volumes written.
         present: Number of volumes that an earlier run had written.
-        skipped: (key, reason) of the sources that did not enter.
+        skipped: (key, reason) of the sources that could not enter.
+        excluded: (key, reason) of those kept out on request, by ``--exclude``.
         slices: Number of slices written, before duplicates are removed.
         left_out: Reason -> number of slices of the entered volumes left out for it.
+        notes: Kind of a note -> number of the entered volumes that have it.
         n_bytes: Size of the files of the entered volumes.
         seconds: Time taken.
         signal: Number of the signal that stopped the run, None if it went to its end.
@@ -51,8 +58,10 @@ class Summary:
     entered: int = 0
     present: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    excluded: list[tuple[str, str]] = field(default_factory=list)
     slices: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     n_bytes: int = 0
     seconds: float = 0.0
     signal: int | None = None
@@ -63,15 +72,19 @@ class Summary:
         self.present += outcome.state == "present"
         if outcome.state == "skipped":
             self.skipped.append((outcome.key, outcome.reason))
+        if outcome.state == "excluded":
+            self.excluded.append((outcome.key, outcome.reason))
         self.slices += outcome.slices
         self.left_out.update(outcome.left_out)
+        self.notes.update({kind_of(note) for note in outcome.notes})
         self.n_bytes += outcome.n_bytes
 
     @property
     def exit_code(self) -> int:
-        """0 if every source entered, 3 if some were skipped, 2 if none entered.
+        """0 if every source entered, 3 if some could not, 2 if none entered.
 
-        A run that a signal stopped has 128 + the number of the signal.
+        What was kept out on request counts as done. A run that a signal stopped has 128 +
+        the number of the signal.
         """
         if self.signal is not None:
             return 128 + self.signal
@@ -85,18 +98,44 @@ class Summary:
             f"{counted(self.entered, 'volume')} entered with {counted(self.slices, 'slice')} in "
             f"{self.seconds:.1f} s "
             f"({rate:.0f} slices/s, {self.n_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s of "
-            f"files), {self.present} already present, {len(self.skipped)} skipped."
+            f"files), {self.present} already present, {len(self.excluded)} excluded on request, "
+            f"{len(self.skipped)} skipped."
         ]
         lines += [
             f"  left out: {counted(count, 'slice')} {reason}"
             for reason, count in sorted(self.left_out.items())
         ]
-        lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:MAX_SHOWN]]
-        if len(self.skipped) > MAX_SHOWN:
-            lines.append(f"  and {len(self.skipped) - MAX_SHOWN} more, which the report lists.")
+        lines += [
+            f"  note on {counted(count, 'volume')}: {kind}"
+            for kind, count in sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
+        ]
+        lines += _grouped("excluded", [(key, why[len(EXCLUDED) :]) for key, why in self.excluded])
+        lines += _grouped("skipped", self.skipped)
         if self.signal is not None:
             lines.append("Stopped by a signal; the same command continues the store.")
         return "\n".join(lines)
+
+
+def _grouped(what: str, sources: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each kind of reason, the most frequent first, with the first sources."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for key, reason in sources:
+        kinds.setdefault(kind_of(reason), []).append((key, reason))
+    groups = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+    lines = []
+    for kind, members in groups[:MAX_SHOWN]:
+        if len(members) == 1:
+            lines.append(f"  {what} {members[0][0]}: {members[0][1]}")
+            continue
+        told = members[0][1] if len({reason for _, reason in members}) == 1 else kind
+        named = ", ".join(key for key, _ in members[:MAX_NAMED])
+        more = len(members) - MAX_NAMED
+        rest = f" and {more} more" if more > 0 else ""
+        lines.append(f"  {what} {counted(len(members), 'source')}: {told} ({named}{rest})")
+    if len(groups) > MAX_SHOWN:
+        number = sum(len(members) for _, members in groups[MAX_SHOWN:])
+        lines.append(f"  and {number} more for other reasons, which the report lists.")
+    return lines
 
 
 def curate(
@@ -106,6 +145,8 @@ def curate(
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
     exclude: Sequence[Path | str] = (),
+    patients: str | None = None,
+    hide_paths: bool = False,
     pixel_spacing_mm: float | None = None,
     size: int | None = None,
     min_gap_mm: float = 0.0,
@@ -128,6 +169,10 @@ def curate(
         workers: Processes; 1 works in this one.
         shard: (i, n) takes the i-th of n parts, counted from 0; all may write one store at once.
         exclude: What must not enter, see ``leakage.build_guard``.
+        patients: Regular expression whose first group, or whole match, is the patient in the name
+            of a file or case, see ``patients.named_by``; also of what has entered before.
+        hide_paths: Store keyed hashes instead of the names of files and folders; for the lifetime
+            of a store.
         pixel_spacing_mm: In-plane spacing to resample to; None keeps the native one.
         size: Pixels per side to resize to; None keeps the size.
         min_gap_mm: Smallest distance between slices of one volume that enter.
@@ -144,6 +189,7 @@ def curate(
     start = time.monotonic()
     rules = SliceRules(pixel_spacing_mm, size, min_gap_mm, keep_flagged)
     _check_numbers(workers, shard)
+    pattern = None if patients is None else compiled(patients)
     arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
     found, refused = find_sources(arguments)
     if not found and not refused:
@@ -151,22 +197,28 @@ def curate(
             f"The sources must hold volumes, but there is none in {', '.join(map(str, sources))}: "
             "give nnU-Net raw datasets, folders of NIfTI, NRRD, MHA, DICOM or PNG, or files."
         )
+    if pattern is not None:
+        found = named_by(pattern, found)
     if not allow_benchmarks:
         check_benchmarks(found, arguments, excluded, benchmark_names)
     guard = build_guard(excluded, progress)
     check_store(guard, Path(store))
-    job = Job(StoreWriter(Path(store).absolute(), rules.options()), rules, guard)
+    # an option only where it is set: stores of before have none of this name
+    options = rules.options() | ({"hide_paths": True} if hide_paths else {})
+    writer = StoreWriter(Path(store).absolute(), options)
+    names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
+    job = Job(writer, rules, guard, names, names_patients=pattern is not None)
 
     summary = Summary()
     for key, reason in refused:
         if in_shard(key, shard):
-            _count(skipped(key, reason), summary, job.writer)
+            _count(skipped(key, reason), summary, job)
     mine = [source for source in found if in_shard(source.key, shard)]
     with Stop() as stop:
         with Progress(len(mine), "volumes", every=PROGRESS_EVERY, stream=progress) as bar:
             begin = time.monotonic()
             for outcome in _run(mine, job, workers, dask_scheduler, stop):
-                _count(outcome, summary, job.writer)
+                _count(outcome, summary, job)
                 rate = summary.slices / max(time.monotonic() - begin, 1e-9)
                 bar.advance(
                     f"{summary.slices} slices, {rate:.0f} slices/s, {len(summary.skipped)} skipped"
@@ -178,10 +230,11 @@ def curate(
     return summary
 
 
-def _count(outcome: Outcome, summary: Summary, writer: StoreWriter) -> None:
+def _count(outcome: Outcome, summary: Summary, job: Job) -> None:
     """Add an outcome to the summary, and note in the store why a source did not enter."""
-    if outcome.state == "skipped":
-        writer.write_skip(outcome.key, outcome.reason)
+    if outcome.state in ("skipped", "excluded"):
+        reason = job.names.remark(outcome.reason, outcome.key)
+        job.writer.write_skip(job.names.source_key(outcome.key), reason)
     summary.add(outcome)
 
 

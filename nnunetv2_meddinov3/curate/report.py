@@ -11,12 +11,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnunetv2_meddinov3.curate.leakage import EXCLUDED
 from nnunetv2_meddinov3.curate.slices import count_reasons
 from nnunetv2_meddinov3.curate.volume import counted
 from nnunetv2_meddinov3.html import Block, Picture, Section, Table, Text, write_page
 from nnunetv2_meddinov3.store.index import read_records, read_skips
 from nnunetv2_meddinov3.store.layout import REPORT
 from nnunetv2_meddinov3.store.reader import SliceStore
+from nnunetv2_meddinov3.store.records import kind_of
 
 MAX_MONTAGE_DATASETS = 12
 MONTAGE_SLICES = 8  # of each
@@ -49,13 +51,15 @@ def write_report(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     store = SliceStore(folder)
-    left_out, per_dataset, size = _read_volumes(folder)
-    skips = read_skips(folder)
+    left_out, per_dataset, notes, size = _read_volumes(folder)
+    skips = [skip for skip in read_skips(folder) if not skip[1].startswith(EXCLUDED)]
+    excluded = [skip for skip in read_skips(folder) if skip[1].startswith(EXCLUDED)]
     columns = {name: store.rows[name].to_numpy() for name in _COLUMNS}
     volumes = sum(row[1] for row in per_dataset)
     summary = (
         f"{counted(len(store), 'slice')} of {counted(volumes, 'volume')}, "
-        f"{size / 1e6:.1f} MB compressed; sources that did not enter: {len(skips)}."
+        f"{size / 1e6:.1f} MB compressed; sources that did not enter: {len(skips)}, "
+        f"excluded on request: {len(excluded)}."
     )
     montage = (
         "Evenly spaced slices of the longest volume of each dataset, from caudal (left) to cranial "
@@ -71,7 +75,9 @@ def write_report(folder: Path | str) -> Path:
             "Slices left out of volumes that entered",
             [_table(("source", "slices", "reason"), left_out)],
         ),
+        Section("Notes", [_table(("volumes", "note"), notes)]),
         Section("Sources that did not enter", [_table(("source", "reason"), skips)]),
+        Section("Sources excluded on request", [_table(("source", "reason"), excluded)]),
         Section("Options", [_table(("option", "value"), sorted(store.options.items()))]),
     ]
     title = f"Slice store {folder.resolve().name}"
@@ -82,7 +88,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Block:
     """Return a table, of words where its last column has some, or a word where it has no rows."""
     if not rows:
         return Text("None.")
-    return Table(head, rows, text=head[-1] in ("reason", "value"))
+    return Table(head, rows, text=head[-1] in ("reason", "value", "note"))
 
 
 _DatasetRow = tuple[str, int, int, int, int]  # name, volumes, patients, slices, left out
@@ -90,17 +96,24 @@ _DatasetRow = tuple[str, int, int, int, int]  # name, volumes, patients, slices,
 
 def _read_volumes(
     folder: Path,
-) -> tuple[list[tuple[str, int, str]], list[_DatasetRow], int]:
-    """Return (source, slices, reason) of what was left out, counts by dataset, size in bytes."""
+) -> tuple[list[tuple[str, int, str]], list[_DatasetRow], list[tuple[int, str]], int]:
+    """Sum up the records.
+
+    Returns:
+        (source, slices, reason) of what was left out, counts by dataset, (volumes, kind) of the
+        notes, size in bytes.
+    """
     left_out = []
     volumes, slices, lost = Counter[str](), Counter[str](), Counter[str]()
     patients: dict[str, set[str]] = defaultdict(set)
+    notes = Counter[str]()
     arrays = {}
     for record in read_records(folder):
         volumes[record.dataset] += 1
         slices[record.dataset] += len(record.slices)
         lost[record.dataset] += len(record.left_out)
         patients[record.dataset].add(record.patient)
+        notes.update({kind_of(note) for note in record.notes})
         arrays[record.volume_id] = record.array_bytes
         for reason, number in count_reasons(record.left_out).items():
             left_out.append((record.source_key, number, reason))
@@ -108,7 +121,8 @@ def _read_volumes(
         (name, volumes[name], len(patients[name]), slices[name], lost[name])
         for name in sorted(volumes)
     ]
-    return left_out, rows, sum(arrays.values())
+    counted_notes = [(number, kind) for kind, number in sorted(notes.items())]
+    return left_out, rows, counted_notes, sum(arrays.values())
 
 
 def _datasets(rows: Sequence[_DatasetRow], columns: dict[str, np.ndarray]) -> Block:

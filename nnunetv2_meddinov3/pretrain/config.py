@@ -83,9 +83,13 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig
 
 
 def from_yaml(text: str) -> StageConfig:
-    """Return the config that ``to_yaml`` wrote, also an earlier version's."""
+    """Return the config that ``to_yaml`` wrote, also an earlier version's.
+
+    One without ``data.near_excluded`` is of a time when flagged slices were trained on.
+    """
     where = "the saved config"
-    return _checked(_completed(_sections(text, where)), where)
+    values = _completed(_sections(text, where), near_excluded=True)
+    return _checked(values, where)
 
 
 def to_yaml(config: StageConfig) -> str:
@@ -190,8 +194,13 @@ def _sections(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _completed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults with a file's values over them, under today's keys."""
+def _completed(values: dict[str, Any], near_excluded: bool | None = None) -> dict[str, Any]:
+    """Return the defaults with a file's values over them, under today's keys.
+
+    Args:
+        values: Of the file.
+        near_excluded: What ``data.near_excluded`` is where the file does not say it.
+    """
     for old, new in _RENAMED.items():
         section, _, name = old.partition(".")
         if isinstance(values.get(section), dict) and name in values[section]:
@@ -204,6 +213,7 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict) and name in inner:
             _refuse_other_than(key, inner.pop(name), only)
     merged = StageConfig().model_dump()
+    merged["data"]["near_excluded"] = near_excluded
     _merge(merged, values)
     return merged
 

@@ -28,12 +28,15 @@ from nnunetv2_meddinov3.signals import leave_stopping_to_the_parent
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.reader import SliceStore
 
+NEAR_EXCLUDED = "near_excluded"  # a flag of a store, see docs/curation.md
 # the last number of a seed says what is drawn, so that nothing is drawn twice
 _EPOCH, _RESOLUTION, _VIEWS = range(3)
 
 
 def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
     """Open the store of a config and return the rows that are trained on.
+
+    Slices that look like an excluded one are left out unless ``data.near_excluded`` is true.
 
     Raises:
         UserError: If there is no store, it has no such split, or it cannot be trained on.
@@ -44,8 +47,39 @@ def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
     rows = np.arange(len(store))
     if config.data.split is not None:
         rows = _rows_of_split(store, config.data.split)
+    if not config.data.near_excluded:
+        kept = rows[~is_near_excluded(store)[rows]]
+        if len(rows) and not len(kept):
+            raise UserError(
+                f"the store {store.path} must hold slices that do not look like an excluded one, "
+                f"but all {len(rows)} do: set data.near_excluded=true to train on them."
+            )
+        rows = kept
     check_store(store, rows, config)
     return store, rows
+
+
+def is_near_excluded(store: SliceStore) -> np.ndarray:
+    """Return which rows are flagged as looking like a slice that must not enter, (N,) bool."""
+    flags = store.rows["flags"].combine_chunks()
+    places = pc.list_parent_indices(flags).to_numpy()
+    flagged = np.zeros(len(store), bool)
+    flagged[places[pc.equal(pc.list_flatten(flags), NEAR_EXCLUDED).to_numpy(False)]] = True
+    return flagged
+
+
+def said_of_near_excluded(config: StageConfig) -> str | None:
+    """Return a line on slices of the config's store that look like excluded ones, if any do."""
+    store = SliceStore(str(config.data.store))
+    flagged = is_near_excluded(store)
+    if config.data.split is not None:
+        flagged = flagged[_rows_of_split(store, config.data.split)]
+    if not (number := int(flagged.sum())):
+        return None
+    look = f"stage {config.stage}: {number} of {len(flagged)} slices look like an excluded one and"
+    if config.data.near_excluded:
+        return f"{look} are trained on (data.near_excluded=true)"
+    return f"{look} are left out (data.near_excluded=true takes them)"
 
 
 def _rows_of_split(store: SliceStore, name: str) -> np.ndarray:

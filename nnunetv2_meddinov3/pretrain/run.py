@@ -20,7 +20,7 @@ from nnunetv2_meddinov3.pretrain.config import (
     to_yaml,
 )
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
-from nnunetv2_meddinov3.pretrain.loader import open_store
+from nnunetv2_meddinov3.pretrain.loader import open_store, said_of_near_excluded
 from nnunetv2_meddinov3.pretrain.provenance import write_provenance
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
@@ -96,6 +96,7 @@ def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
         UserError: If a stage cannot start or go on.
     """
     # all stages before the first starts, and before processes wait for each other
+    stages = tuple(_as_begun(config, _folder(out, config.stage)) for config in stages)
     for config in stages:
         check_world(config, world_size())
         open_store(config)
@@ -110,6 +111,8 @@ def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
             if (folder / EXPORT).is_file():
                 _say(runtime, stream, f"stage {config.stage} is finished: {folder / EXPORT}")
                 continue
+            if said := said_of_near_excluded(config):
+                _say(runtime, stream, said)
             previous = None if config.stage == 1 else _folder(out, config.stage - 1)
             stage = Stage(config, folder, runtime, previous=previous, stream=stream)
             if runtime.is_main:
@@ -126,6 +129,22 @@ def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
 
 def _folder(out: Path, stage: int) -> Path:
     return out / f"stage{stage}"
+
+
+def _as_begun(config: StageConfig, folder: Path) -> StageConfig:
+    """Decide ``data.near_excluded`` where it is not said: a stage that was begun keeps its slices.
+
+    Raises:
+        UserError: If the config that the stage was begun with cannot be read.
+    """
+    if config.data.near_excluded is not None:
+        return config
+    near = False
+    if (folder / CONFIG).is_file():
+        before = from_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+        near = bool(before.data.near_excluded)
+    data = config.data.model_copy(update={"near_excluded": near})
+    return config.model_copy(update={"data": data})
 
 
 def _check_finished(folder: Path, config: StageConfig) -> None:

@@ -267,6 +267,9 @@ class Data(Section):
         "hu"
     ]
     split: Text | None = None  # name of a part of `meddinov3 store split`; None: all slices
+    # whether slices that look like an excluded one (the flag of `meddinov3 curate`) are trained on;
+    # None: no, but a stage that was begun goes on as it was begun
+    near_excluded: bool | None = None
     workers: Annotated[int, Field(ge=0)] = 8  # processes that read slices, on each rank
     prefetch: Count = 4  # groups of images that each of them keeps ready
     # where crops are made; auto: on the GPU if there is one, else by the workers

@@ -23,6 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--into", type=Path, required=True, help="a new folder, or a store to add to"
     )
+    merge.add_argument(
+        "--with-key",
+        action="store_true",
+        help="keep the key of the stores, if it is one, to go on curating the same patients",
+    )
     split = verbs.add_parser("split", help="divide the slices, keeping patients together")
     split.add_argument("store", type=Path, help="folder of the store; splits.json is written there")
     split.add_argument("splits", nargs="+", metavar="NAME=FRACTION", help="train=0.9 val=0.1")
@@ -58,7 +63,7 @@ def _merge(args: argparse.Namespace) -> int:
     from nnunetv2_meddinov3.store.manage import merge
     from nnunetv2_meddinov3.store.reader import SliceStore
 
-    merge(args.stores, args.into)
+    merge(args.stores, args.into, with_key=args.with_key)
     print(f"{args.into}: {len(SliceStore(args.into))} slices of {len(args.stores)} store(s)")
     return 0
 

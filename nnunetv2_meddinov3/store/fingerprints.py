@@ -1,7 +1,7 @@
 """Fingerprints: SHA-256 of slices and source files, and a perceptual hash for near duplicates."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,15 @@ _POPCOUNT = np.array([bin(number).count("1") for number in range(1 << 16)], dtyp
 def slice_sha256(image: np.ndarray) -> str:
     """Return the SHA-256 of one slice: its little-endian int16 values (H, W), row by row."""
     return hashlib.sha256(np.ascontiguousarray(image, dtype="<i2").data).hexdigest()
+
+
+def turned(image: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a slice (H, W) in the eight symmetries of the square, itself first: views, no copies.
+
+    They are all that mirroring, turning by right angles and transposing can make of it.
+    """
+    for each in (image, image.T):
+        yield from (each, each[::-1], each[:, ::-1], each[::-1, ::-1])
 
 
 def source_sha256(paths: Sequence[str]) -> str:
@@ -66,11 +75,34 @@ def perceptual_hash(image: np.ndarray, low: float, high: float) -> str:
         low: Lower end of the window, in the units of the image.
         high: Upper end of the window.
     """
+    return _bits(_spectrum(image, low, high))
+
+
+def turned_hashes(image: np.ndarray, low: float, high: float) -> list[str]:
+    """Return the perceptual hashes of a slice in its eight symmetries, in the order of ``turned``.
+
+    All come from one cosine transform: a mirror image has the same frequencies with the sign of
+    the odd ones changed, a transposed one has them transposed.
+    """
+    spectrum = _spectrum(image, low, high)
+    odd = np.where(np.arange(_KEPT) % 2, -1.0, 1.0)
+    return [
+        _bits(each * rows[:, None] * columns)
+        for each in (spectrum, spectrum.T)
+        for rows, columns in ((odd**0, odd**0), (odd, odd**0), (odd**0, odd), (odd, odd))
+    ]
+
+
+def _spectrum(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return the lowest frequencies of a windowed slice, (8, 8)."""
     clipped = np.clip(image, low, high).astype(np.float64)
     rows, columns = (_frequencies(length) for length in clipped.shape)
     # rounded, so that what is zero but for the order of a summation is zero everywhere
-    spectrum = np.round((rows @ clipped @ columns.T) / (high - low), 6).ravel()
-    bits = spectrum > np.median(spectrum[1:])
+    return np.round((rows @ clipped @ columns.T) / (high - low), 6)
+
+
+def _bits(spectrum: np.ndarray) -> str:
+    bits = spectrum.ravel() > np.median(spectrum.ravel()[1:])
     return np.packbits(bits).tobytes().hex()
 
 
@@ -94,5 +126,8 @@ def as_numbers(hashes: Iterable[str]) -> np.ndarray:
 
 def bit_distances(number: np.uint64, others: np.ndarray) -> np.ndarray:
     """Return the number of bits (0 to 64) in which a perceptual hash differs from others (N,)."""
-    words = np.bitwise_xor(others, number).view(np.uint16).reshape(len(others), 4)
+    differing = np.bitwise_xor(others, number)
+    if hasattr(np, "bitwise_count"):
+        return np.bitwise_count(differing).astype(np.int64)
+    words = differing.view(np.uint16).reshape(len(others), 4)
     return _POPCOUNT[words].sum(axis=1, dtype=np.int64)

@@ -22,7 +22,7 @@ from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.fingerprints import digests, first_of_equal
-from nnunetv2_meddinov3.store.records import SliceRecord, VolumeRecord, read_record
+from nnunetv2_meddinov3.store.records import SliceRecord, VolumeRecord, kind_of, read_record
 
 METADATA = b"meddinov3"  # key of ours in the schema of the index
 _ROWS_PER_BATCH = 1 << 16  # of both files, at least; 16 MB in memory
@@ -82,6 +82,7 @@ class Catalogue:
         skips: (source key, reason) of the sources that did not enter.
         sources: A summary of each record, sorted by dataset and source key.
         versions: For each tool the versions that were used.
+        notes: Kind of a note -> number of records that have it.
         volumes: Columns that the slices of a record share, one value for each record.
         listed: For each record, whether the index lists a slice, (S,) bool in the order of z.
         places: For each record its place in the order in which records were read.
@@ -91,6 +92,7 @@ class Catalogue:
     skips: list[tuple[str, str]]
     sources: list[dict[str, Any]]
     versions: dict[str, set[str]]
+    notes: Counter[str]
     volumes: dict[str, pa.Array]
     listed: list[np.ndarray]
     places: list[int]
@@ -104,6 +106,7 @@ class Catalogue:
             "slices": sum(int(each.sum()) for each in self.listed),
             "duplicates": sum(int((~each).sum()) for each in self.listed),
             "versions": {name: sorted(found) for name, found in self.versions.items()},
+            "notes": dict(sorted(self.notes.items())),
             "sources": self.sources,
             "skipped": [{"source_key": key, "reason": reason} for key, reason in self.skips],
         }
@@ -152,10 +155,12 @@ def read_catalogue(
     skips = read_skips(folder)  # before the records: what enters meanwhile is not a skip
     sources, shared, found = [], [], []
     versions: dict[str, set[str]] = {}
+    notes: Counter[str] = Counter()
     for record in records:
         sources.append(_summary(record))
         shared.append([value(record) for _, value in _OF_VOLUMES.values()])
         found.append(digests(each.sha256 for each in _by_z(record)))
+        notes.update({kind_of(note) for note in record.notes})
         for tool, version in record.versions.items():
             versions.setdefault(tool, set()).add(version)
     places = sorted(
@@ -168,7 +173,7 @@ def read_catalogue(
     fingerprint = json.dumps([about, sources, skips], sort_keys=True).encode()
     about["records_sha256"] = files.sha256(fingerprint)
     volumes = _columns_of_volumes([shared[place] for place in places])
-    return Catalogue(about, skips, sources, versions, volumes, listed, places)
+    return Catalogue(about, skips, sources, versions, notes, volumes, listed, places)
 
 
 def read_records(folder: Path | str, in_order: bool = True) -> Iterator[VolumeRecord]:

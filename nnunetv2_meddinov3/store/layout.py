@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nnunetv2_meddinov3.errors import UserError
 
 FORMAT = 1
 STORE = "store.json"
+KEY = "store.key"
 INDEX = "index.parquet"
 MAPPED_INDEX = "index.arrow"
 MANIFEST = "manifest.json"
@@ -22,7 +24,7 @@ REPORT = "report.html"
 VOLUMES = "volumes"
 RECORDS = "records"
 SKIPPED = "skipped"
-FILES = {STORE, INDEX, MAPPED_INDEX, MANIFEST, SPLITS, REPORT}
+FILES = {STORE, KEY, INDEX, MAPPED_INDEX, MANIFEST, SPLITS, REPORT}
 FOLDERS = {VOLUMES, RECORDS, SKIPPED}
 
 
@@ -74,6 +76,62 @@ def read_options(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If there is no store, it is damaged, or of another format.
     """
+    return _read_store(folder)["options"]
+
+
+def is_keyed(folder: Path) -> bool:
+    """Return whether a store was made with a key; those of before have none.
+
+    Raises:
+        UserError: As ``read_options``.
+    """
+    return bool(_read_store(folder).get("keyed", False))
+
+
+def read_key(folder: Path) -> bytes | None:
+    """Return the secret key of a store, 32 bytes; None where it was made without.
+
+    It is for hashes in this store alone, and nobody who only reads slices needs it.
+
+    Raises:
+        UserError: If the store was made with a key that is missing or damaged; as
+            ``read_options``.
+    """
+    if not is_keyed(folder):
+        return None
+    path = folder / KEY
+    try:
+        return bytes.fromhex(unsealed(path.read_bytes(), "key_sha256")["key"])
+    except (OSError, Damaged, KeyError, ValueError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise UserError(
+            f"a store is continued with its key, but {path} {why}: copy it from where the store "
+            "was made, let those who write the store read it, or curate into another folder."
+        ) from error
+
+
+def write_key(folder: Path, key: bytes | None = None) -> None:
+    """Give a folder that becomes a store a key, unless another process has done so already.
+
+    Only the user who makes the store may read the file.
+
+    Args:
+        folder: Of the store.
+        key: 32 bytes; random ones by default.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    path = folder / KEY
+    if path.is_file():
+        return
+    data = sealed({"key": (key or secrets.token_bytes(32)).hex()}, "key_sha256")
+    with files.replacing(path, keep_existing=True) as part:
+        part.touch(mode=0o600)
+        part.write_bytes(data)
+
+
+def _read_store(folder: Path) -> dict[str, Any]:
     path = folder / STORE
     if not path.is_file():
         raise UserError(
@@ -87,7 +145,7 @@ def read_options(folder: Path) -> dict[str, Any]:
             f"{path} {error}: restore it from a copy, or curate into another folder."
         ) from error
     check_format(values["format"], folder)
-    return values["options"]
+    return values
 
 
 def check_format(number: int, folder: Path) -> None:

@@ -24,7 +24,7 @@ from nnunetv2_meddinov3.store.records import read_record
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
 
-def merge(folders: Sequence[Path | str], target: Path | str) -> Path:
+def merge(folders: Sequence[Path | str], target: Path | str, *, with_key: bool = False) -> Path:
     """Make one store of several: the one that curating all their sources at once would give.
 
     Merging into an existing store adds to it; a merge that was interrupted can be run again.
@@ -32,18 +32,23 @@ def merge(folders: Sequence[Path | str], target: Path | str) -> Path:
     Args:
         folders: Stores that were made with the same options; they are not changed.
         target: A new folder, or a store with the same options.
+        with_key: Give the target the key that all stores have, so that a patient who enters it
+            later has the same hash; by default it gets a key of its own.
 
     Returns:
         The index of the merged store.
 
     Raises:
         UserError: If a folder is not a store, options differ, a source key stands for different
-            files, the target is one of the folders, or a source store is damaged.
+            files, the target is one of the folders, a source store is damaged, or ``with_key``
+            is set and they have not one key.
     """
     stores, target = [Path(folder) for folder in folders], Path(target)
     options = _shared_options(stores, target)
     chosen = _choose_records([*stores, target] if target.is_dir() else stores)
-    writer = StoreWriter(target, options)
+    new_key = _shared_key(stores, target) if with_key else None
+    keyed = any(layout.is_keyed(store) for store in stores)
+    writer = StoreWriter(target, options, keyed=keyed, new_key=new_key)
     for path in chosen.values():
         record = read_record(path)
         if writer.has(record.source_key, record.source_sha256):
@@ -80,6 +85,19 @@ def _shared_options(stores: list[Path], target: Path) -> dict[str, Any]:
                 "again with the other's options."
             )
     return options
+
+
+def _shared_key(stores: list[Path], target: Path) -> bytes:
+    merged = [*stores, target] if (target / layout.STORE).is_file() else stores
+    keys = {layout.read_key(store) for store in merged}
+    key = next(iter(keys))
+    if len(keys) > 1 or key is None:
+        raise UserError(
+            f"stores merged with their key must have one and the same, but {len(stores)} stores "
+            f"for {target} have {'different ones' if len(keys) > 1 else 'none'}: leave out "
+            f"--with-key, or copy {layout.KEY} into an empty folder before curating into it."
+        )
+    return key
 
 
 def _choose_records(stores: list[Path]) -> dict[str, Path]:

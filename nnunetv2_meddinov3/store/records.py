@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,23 @@ class VolumeRecord:
                 "notes": tuple(values["notes"]),
             }
         )
+
+
+_QUOTED = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")(?!\w)""")
+_DIGEST = re.compile(r" ?\b[0-9a-f]{16,}\b")
+_ONE = re.compile(r"(?<![\w.-])1 ((?:[a-z-]+ )?(?:slice|image|localizer|pixel|volume))\b")
+_NUMBER = r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?:x\d+)*(?![\w-]|\.\d)"
+_NUMBERS = re.compile(rf"{_NUMBER}(?:, {_NUMBER})*")
+
+
+def kind_of(remark: str) -> str:
+    """Return a note or a reason without what differs from source to source.
+
+    Numbers become N, what is in quotes becomes ..., hashes go: "3 duplicate slices left out" is
+    "N duplicate slices left out", and so is that of one slice.
+    """
+    text = _DIGEST.sub("", _QUOTED.sub("...", remark))
+    return _NUMBERS.sub("N", _ONE.sub(r"1 \1s", text))
 
 
 def read_record(path: Path) -> VolumeRecord:

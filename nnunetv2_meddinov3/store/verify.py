@@ -44,7 +44,7 @@ def verify(folder: Path | str, stream: TextIO | None = None) -> list[str]:
         found.append(str(error))
     manifest, about_manifest = _manifest(folder)
     volumes, about_records, about_arrays = _records(folder, manifest, stream)
-    about_skips = list(_skips(folder))
+    about_skips = [*_skips(folder), *_key(folder)]
     found += about_manifest + about_records + about_arrays + about_skips
     if not about_records and not about_skips and options is not None:
         found += _index(folder, manifest, options)
@@ -137,6 +137,18 @@ def _skips(folder: Path) -> Iterator[str]:
             layout.unsealed(path.read_bytes(), "skip_sha256")
         except layout.Damaged as error:
             yield f"{path} {error}: delete it and {_AGAIN}."
+
+
+def _key(folder: Path) -> Iterator[str]:
+    """Yield a sentence about a key that is damaged; a copy for readers does without one."""
+    path = folder / layout.KEY
+    try:
+        if path.is_file():
+            layout.unsealed(path.read_bytes(), "key_sha256")
+    except layout.Damaged as error:
+        yield f"the key {path} {error}: restore it from a copy."
+    except PermissionError:
+        return  # it is its owner's alone
 
 
 def _index(folder: Path, manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:

@@ -25,19 +25,31 @@ class StoreWriter:
     Args:
         folder: The store; made where it does not exist.
         options: What the slices depend on, as JSON can hold it; a store has one set of options.
+        keyed: Whether a new store gets a key for the hashes of patients.
+        new_key: The key of a new store; random by default. All writers of one store share its key.
 
     Raises:
         UserError: If the folder cannot be written, holds something else, or was made with other
             options.
     """
 
-    def __init__(self, folder: Path | str, options: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path | str,
+        options: dict[str, Any],
+        *,
+        keyed: bool = True,
+        new_key: bytes | None = None,
+    ):
         self.folder = Path(folder)
         self.options = json.loads(json.dumps(options))
         _make_folders(self.folder)
         for place in (self.folder, *(self.folder / name for name in layout.FOLDERS)):
             files.sweep_leftovers(place)
-        data = layout.sealed({"format": layout.FORMAT, "options": self.options}, "store_sha256")
+        values = {"format": layout.FORMAT, "options": self.options}
+        if keyed and not (self.folder / layout.STORE).is_file():
+            layout.write_key(self.folder, new_key)  # first: a keyed store has its key
+        data = layout.sealed(values | ({"keyed": True} if keyed else {}), "store_sha256")
         files.write_bytes(self.folder / layout.STORE, data, keep_existing=True)
         made_with = layout.read_options(self.folder)
         if made_with != self.options:
@@ -46,6 +58,14 @@ class StoreWriter:
                 f"{_differences(made_with, self.options)}: give the same options or another "
                 "folder."
             )
+
+    def key(self) -> bytes | None:
+        """Return the secret key of the store, None where it was made without.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        return layout.read_key(self.folder)
 
     def has(self, source_key: str, source_sha256: str) -> bool:
         """Return whether a source has entered as it is now, with its array in place."""
@@ -56,6 +76,18 @@ class StoreWriter:
         except (FileNotFoundError, layout.Damaged):
             return False
         return record.source_sha256 == source_sha256 and size == record.array_bytes
+
+    def name_patient(self, source_key: str, patient: str) -> None:
+        """Correct the patient of a source that has entered.
+
+        Raises:
+            UserError: If the record cannot be written.
+        """
+        path = self.folder / layout.RECORDS / layout.record_name(source_key)
+        record = read_record(path)
+        if record.patient != patient:
+            record = replace(record, patient=patient)
+            files.write_bytes(path, layout.sealed(record.to_dict(), "record_sha256"))
 
     def write_volume(self, record: VolumeRecord, slices: np.ndarray) -> VolumeRecord:
         """Store the slices of one source and return its completed record.
@@ -156,7 +188,7 @@ def _make_folders(folder: Path) -> None:
 
 def _may_precede(name: str) -> bool:
     """Return whether a writer killed while making the store, or the system, may have left it."""
-    return name in layout.FOLDERS or name.startswith((".", layout.STORE))
+    return name in layout.FOLDERS or name.startswith((".", layout.STORE, layout.KEY))
 
 
 def _differences(made_with: dict[str, Any], given: dict[str, Any]) -> str:

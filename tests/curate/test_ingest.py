@@ -36,10 +36,10 @@ def test_a_source_enters_once_and_is_present_afterwards(volume, job):
     assert ingest(volume, job) == module.Outcome("v.nii.gz", "present")
 
 
-def test_an_excluded_source_is_skipped_before_anything_is_written(tmp_path, volume, job):
+def test_an_excluded_source_is_left_out_before_anything_is_written(tmp_path, volume, job):
     guard = build_guard([tmp_path / "v.nii.gz"])
     outcome = ingest(volume, Job(job.writer, guard=guard))
-    assert outcome.state == "skipped"
+    assert outcome.state == "excluded"
     assert outcome.reason == "excluded: shares 3 slices with v.nii.gz"
     assert list(read_records(job.writer.folder)) == []
 

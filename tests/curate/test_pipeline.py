@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -211,8 +212,107 @@ def test_a_store_that_was_deleted_is_made_again(tmp_path, source):
         shutil.rmtree(tmp_path / "store")
 
 
-def test_a_summary_lists_some_of_many_skipped_sources():
-    summary = Summary(skipped=[(f"k{i}", "why") for i in range(25)])
+def test_a_summary_groups_skipped_sources_by_reason():
+    skipped = [(f"k{i}", f"cannot be read (OSError: byte {i} of 'k{i}')") for i in range(25)]
+    summary = Summary(skipped=[*skipped, ("a", "the file is empty"), ("b", "the file is empty")])
     assert summary.exit_code == 2
+    assert str(summary).splitlines()[1:] == [
+        "  skipped 25 sources: cannot be read (OSError: byte N of ...) (k0, k1, k2 and 22 more)",
+        "  skipped 2 sources: the file is empty (a, b)",
+    ]
+    summary = Summary(entered=1, skipped=[("k", "it is 4D (2x3 voxels), not one volume")])
+    assert str(summary).endswith("\n  skipped k: it is 4D (2x3 voxels), not one volume")
+
+
+def test_a_summary_lists_some_of_many_reasons():
+    summary = Summary(skipped=[(f"k{i}", "why " + "x" * i) for i in range(25)])
     assert str(summary).count("why") == 20
-    assert "and 5 more, which the report lists" in str(summary)
+    assert "and 5 more for other reasons, which the report lists" in str(summary)
+
+
+def test_exclusions_are_told_apart_from_failures(tmp_path, source, make_ct, write_image):
+    tests = tmp_path / "tests"
+    write_image(tests / "t.nii.gz", make_ct(4, 24, seed=0))
+    write_image(tests / "u.nii.gz", make_ct(4, 24, seed=1))
+    summary = curate([source], tmp_path / "s", exclude=[tests])
+    assert (summary.entered, len(summary.excluded), summary.exit_code) == (3, 2, 0)
+    said = str(summary)
+    assert "2 excluded on request, 0 skipped." in said
+    named = "(source/v0.nii.gz, source/v1.nii.gz)"
+    assert f"  excluded 2 sources: shares 4 slices with tests {named}" in said
+    page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
+    assert "sources that did not enter: 0, excluded on request: 2." in page
+    everything = tmp_path / "all"
+    shutil.copytree(source, everything)
+    assert curate([source], tmp_path / "t", exclude=[everything]).exit_code == 0
+    (source / "broken.nii.gz").write_bytes(b"")
+    assert curate([source], tmp_path / "s", exclude=[tests]).exit_code == 3
+
+
+def test_notes_are_counted_by_kind_in_summary_manifest_and_report(
+    tmp_path, make_ct, write_image, write_dicom
+):
+    for number in range(3):
+        array = make_ct(4, 24, seed=number)
+        write_image(tmp_path / "a" / f"{number}.nii.gz", array.astype(np.float32) + np.float32(0.3))
+        image = (array[0] + np.int16(number), (0.0, 0.0, 0.0))
+        tags = {"t0020_000e": f"1.2.{number}", "t0018_0050": f"{number + 1}.5"}
+        write_dicom(tmp_path / "a" / f"d{number}" / "x.dcm", *image, **tags)
+    summary = curate([tmp_path / "a"], tmp_path / "s")
+    assert summary.notes["values rounded to whole numbers"] == 3
+    assert summary.notes["slice thickness N mm"] == 3
+    assert "  note on 3 volumes: slice thickness N mm" in str(summary).splitlines()
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["notes"] == dict(sorted(summary.notes.items()))
+    page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
+    assert "<td>3</td><td>slice thickness N mm</td>" in page
+    assert curate([tmp_path / "a"], tmp_path / "s").notes == {}  # of volumes that entered now
+    assert verify(tmp_path / "s") == []
+
+
+def test_a_pattern_names_the_patients(tmp_path, make_ct, write_image):
+    for number in range(6):
+        name = f"site/pat{number // 2}_scan{number % 2}.nii.gz"
+        write_image(tmp_path / "a" / name, make_ct(3, 24, seed=number))
+    store = tmp_path / "s"
+
+    def patients():
+        return [record.patient for record in read_records(store)]
+
+    curate([tmp_path / "a"], store)
+    assert patients()[:2] == ["site/pat0_scan0", "site/pat0_scan1"]
+    arrays = {path: path.stat().st_mtime_ns for path in (store / "volumes").iterdir()}
+    summary = curate([tmp_path / "a"], store, patients=r"pat(\d+)_")
+    assert (summary.present, patients()) == (6, ["0", "0", "1", "1", "2", "2"])
+    curate([tmp_path / "a"], store)  # without it, what the records say stays
+    assert patients() == ["0", "0", "1", "1", "2", "2"]
+    curate([tmp_path / "a"], store, patients=r"pat\d+")
+    assert set(patients()) == {"pat0", "pat1", "pat2"}
+    assert {path: path.stat().st_mtime_ns for path in (store / "volumes").iterdir()} == arrays
+    assert verify(store) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ("v(", r"must be a regular expression, got 'v\('"),
+        ("v[1-4]", r"'v\[1-4\]' does not match 'v0' \(source/v0.nii.gz\)"),
+        ("(x)?v", "finds no patient in 'v0'"),
+        ("x*", "finds no patient in 'v0'"),
+    ],
+)
+def test_a_pattern_that_names_no_patient_is_refused(tmp_path, source, pattern, sentence):
+    with pytest.raises(UserError, match=sentence):
+        curate([source], tmp_path / "store", patients=pattern)
+    assert not (tmp_path / "store").exists()
+
+
+def test_dicom_keeps_the_patients_of_its_headers(tmp_path, make_ct, write_image, write_series):
+    write_series(tmp_path / "a" / "dicom", make_ct(3, 24))
+    with pytest.raises(UserError, match="all sources are DICOM"):
+        curate([tmp_path / "a"], tmp_path / "s", patients="p")
+    write_image(tmp_path / "a" / "p1.nii.gz", make_ct(3, 24, seed=1))
+    assert curate([tmp_path / "a"], tmp_path / "s", patients="p.").exit_code == 0
+    found = {r.source_key: r.patient for r in read_records(tmp_path / "s")}
+    assert found.pop("a/p1.nii.gz") == "p1"
+    assert len(next(iter(found.values()))) == 16

@@ -45,6 +45,7 @@ def test_a_size_and_a_stage_make_the_config_that_was_one_file(name):
     before = TWELVE["all"] | TWELVE[name]
     assert {key: before.pop(key) for key in REMOVED} == REMOVED
     wanted = {RENAMED.get(key, key): value for key, value in before.items()}
+    wanted["data.near_excluded"] = None  # which did not exist
     assert flatten(load_config(name).model_dump()) == wanted
 
 
@@ -237,7 +238,9 @@ def test_a_config_of_an_earlier_version_still_loads(tmp_path):
         "tiny_stage2_gram",
         ["data.split=train", "data.modalities=[hu,mr]", "data.store=somewhere"],
     )
-    assert from_yaml(before) == wanted
+    of_a_run = from_yaml(before)
+    assert of_a_run.data.near_excluded is True  # as its slices were before the key existed
+    assert differences(of_a_run, wanted) == ["data.near_excluded is None instead of True"]
     (tmp_path / "config.yaml").write_text(before)
     assert load_config(str(tmp_path / "config.yaml"), ["data.part=train"]) == wanted
     assert load_config(str(tmp_path / "config.yaml"), ["crops.global_crops=2"]) == wanted
@@ -260,6 +263,7 @@ def test_differences_name_what_changes_results_and_nothing_else():
     "change",
     [
         *("engine.precision=bf16", "data.modalities=[hu,mr]", "data.split=train"),
+        "data.near_excluded=true",
     ],
 )
 def test_what_changes_numbers_or_slices_may_not_change(change):

@@ -74,11 +74,11 @@ class Stores:
 
     @staticmethod
     def contents(folder):
-        """All files but half written ones, by relative path."""
+        """All files but half written ones and the key, which is random, by relative path."""
         return {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in sorted(Path(folder).rglob("*"))
-            if path.is_file() and path.suffix != ".part"
+            if path.is_file() and path.suffix != ".part" and path.name != "store.key"
         }
 
 

@@ -31,6 +31,11 @@ def test_merge_makes_one_store(stores, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'm'}: 8 slices of 2 store(s)\n"
 
 
+def test_merge_keeps_the_key_where_it_is_asked_to(stores, store, tmp_path):
+    assert main(["merge", str(store), "--into", str(tmp_path / "m"), "--with-key"]) == 0
+    assert layout.read_key(tmp_path / "m") == layout.read_key(store)
+
+
 def test_split_writes_the_rows_of_each_part(store, capsys):
     assert main(["split", str(store), "train=0.8", "val=0.2", "--seed", "4"]) == 0
     assert capsys.readouterr().out == "train: 16 slices\nval: 4 slices\n"

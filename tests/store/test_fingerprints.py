@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from nnunetv2_meddinov3 import files
-from nnunetv2_meddinov3.store.fingerprints import digests, first_of_equal, source_sha256
+from nnunetv2_meddinov3.store.fingerprints import (
+    as_numbers,
+    bit_distances,
+    digests,
+    first_of_equal,
+    perceptual_hash,
+    source_sha256,
+    turned,
+    turned_hashes,
+)
 
 
 def test_the_first_of_equal_hashes_is_found_by_hand():
@@ -37,3 +46,32 @@ def test_the_hash_of_a_source_knows_neither_names_nor_order(tmp_path):
     assert source_sha256(paths[:1]) == files.sha256(b"1")
     assert source_sha256(paths) == source_sha256(paths[::-1])
     assert source_sha256(paths) != source_sha256(paths[:1])
+
+
+def test_a_slice_has_eight_symmetries_and_comes_first_itself():
+    image = np.arange(6, dtype=np.int16).reshape(2, 3)
+    found = [each.tolist() for each in turned(image)]
+    assert found[0] == image.tolist()
+    wanted = [np.rot90(each, n).tolist() for each in (image, image[:, ::-1]) for n in range(4)]
+    assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (37, 53), (96, 20)])
+def test_the_hashes_of_all_symmetries_come_from_one_transform(shape, make_ct):
+    image = make_ct(1, 100, seed=4)[0][: shape[0], : shape[1]]
+    wanted = [perceptual_hash(each, -500, 500) for each in turned(image)]
+    found = turned_hashes(image, -500, 500)
+    assert len(set(found)) == 8
+    distances = [
+        bit_distances(a, np.array([b]))[0]
+        for a, b in zip(as_numbers(found), as_numbers(wanted), strict=True)
+    ]
+    assert max(distances) <= 1  # but for the order of a summation
+
+
+def test_bits_are_counted_with_and_without_numpys_own_count(monkeypatch):
+    others = np.random.default_rng(0).integers(0, 2**64, 50, dtype=np.uint64)
+    wanted = [bin(int(others[0]) ^ int(each)).count("1") for each in others]
+    assert bit_distances(others[0], others).tolist() == wanted
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert bit_distances(others[0], others).tolist() == wanted

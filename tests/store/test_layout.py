@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,19 @@ def test_a_sealed_file_shows_every_changed_byte():
 def test_numbers_that_are_none_are_not_sealed():
     with pytest.raises(ValueError, match="JSON compliant"):
         layout.sealed({"a": float("nan")}, "x_sha256")
+
+
+def test_all_writers_that_make_one_store_at_once_share_its_key(stores, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = [pool.submit(StoreWriter, tmp_path / "s", stores.options) for _ in range(16)]
+        keys = {each.result().key() for each in made}
+    assert len(keys) == 1
+    assert keys == {layout.read_key(tmp_path / "s")}
+
+
+def test_a_writer_killed_before_its_store_was_made_leaves_a_key_that_is_used(stores, tmp_path):
+    (tmp_path / "s").mkdir()
+    layout.write_key(tmp_path / "s")
+    before = (tmp_path / "s" / layout.KEY).read_bytes()
+    assert StoreWriter(tmp_path / "s", stores.options).key() is not None
+    assert (tmp_path / "s" / layout.KEY).read_bytes() == before
