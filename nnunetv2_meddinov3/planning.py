@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.settings import backbone_setting, check_variables
+from nnunetv2_meddinov3.unet import unet_for
 
 PLANS_NAME = "nnUNetMedDINOv3Plans"
 STOCK_PLANS_NAME = "nnUNetPlans"
@@ -146,6 +147,9 @@ def add_configuration(
     patch_size = [PATCH_MULTIPLE * -(-int(n) * size // step) for n in planned["patch_size"]]
     median = [round(float(n) / factor) for n in planned["median_image_size_in_voxels"]]
     training_pixels = math.prod(median) * _slices_per_case(plans) * training_cases
+    spacing = [float(mm) * factor for mm in planned["spacing"]]
+    # Ours replace it; nnU-Net's own trainer, the baseline of a comparison, trains it.
+    unet = unet_for(planned["architecture"], patch_size, spacing)
     plans = copy.deepcopy(plans)
     plans["configurations"][f"2d_{size}"] = {
         "inherits_from": "2d",
@@ -153,7 +157,8 @@ def add_configuration(
         "batch_size": _batch_size(MEMORY[backbone], patch_size, gpu_memory_gb, training_pixels),
         "patch_size": patch_size,
         "median_image_size_in_voxels": median,
-        "spacing": [float(mm) * factor for mm in planned["spacing"]],
+        "spacing": spacing,
+        **({} if unet is None else {"architecture": unet}),
         # nnU-Net's default takes several times as long to bring logits back to the image. As 2D
         # keeps the slices as they are, resampling all axes at once is linear within the slice;
         # with force_separate_z a long in-plane axis could pass for z and be resampled to nearest.
