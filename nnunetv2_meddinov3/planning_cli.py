@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     # Imported here because nnU-Net's planner imports torch, for which `--help` need not wait.
     from nnunetv2_meddinov3 import planning
+    from nnunetv2_meddinov3.preprocessed import other_plans
 
     check_variables()
     size = planning.size_setting(arguments.size)
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
             gpu_memory_gb=gpu_memory_gb,
             backbone=backbone,
             training_cases=_training_cases(path.parent),
+            others=other_plans(path.parent, path.stem),
         )
         amended = _keep_unet(plans, amended, f"2d_{size}")
         if not arguments.overwrite:
