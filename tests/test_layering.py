@@ -27,13 +27,15 @@ MAY_IMPORT = {
     "curate": SHARED | {"store"},
     "models": SHARED,
     "pretrain": SHARED | {"store", "models"},
-    **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery"}),
+    **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness"}),
+    "readiness": SHARED,
     "evaluation": SHARED,
     "demo": SHARED | {"evaluation", "planning"},
-    "discovery": SHARED,
+    "discovery": SHARED | {"spelling"},
+    "spelling": SHARED,
     "ext": {"discovery"},
     "doctor": SHARED | {"cli", "discovery", "models"},
-    "cli": SHARED | {"discovery"},
+    "cli": SHARED | {"discovery", "readiness"},
     "__main__": {"cli"},
 }
 # Which of the large libraries each must not import, at the top of a module or inside a function.
