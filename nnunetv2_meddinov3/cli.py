@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if arguments and arguments[0] in VERBS:
-            code = _run(VERBS[arguments[0]], arguments[1:])
+            with warnings.catch_warnings():
+                # torch says this while others import it, before whatever a command has to say
+                warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+                code = _run(VERBS[arguments[0]], arguments[1:])
         else:
             _explain(arguments)
             code = 0
@@ -123,6 +127,10 @@ def _run(verb: Verb, arguments: list[str]) -> int:
 
     from nnunetv2_meddinov3.errors import UserError
 
+    if verb.stands_for is not None:
+        from nnunetv2_meddinov3 import readiness
+
+        readiness.check_command(verb.stands_for, arguments)
     module_name, function_name = verb.target.split(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)

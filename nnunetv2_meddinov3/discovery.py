@@ -38,6 +38,8 @@ TRAINERS = dict.fromkeys(
 PLANNERS = {"MedDINOv3Planner": "nnunetv2_meddinov3.planning"}
 """Name of each planner -> module that defines it."""
 
+_BEGINNINGS = ("meddino", "dinov3trainer")  # of our names, in lower case
+
 _HOSTS = {_TRAINER_HOST: TRAINERS, _PLANNER_HOST: PLANNERS}
 
 started_up = False
@@ -154,11 +156,24 @@ def _attach(module):
         if name in names:
             return resolve(name)
         if earlier is not None:
-            return earlier(name)
+            try:
+                return earlier(name)
+            except AttributeError:
+                _refuse_misspelt(name, names, module)
+                raise
+        _refuse_misspelt(name, names, module)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
     module_getattr.answers_for = names  # type: ignore[attr-defined]
     module.__getattr__ = module_getattr
+
+
+def _refuse_misspelt(name, names, module):
+    """Raise UserError for a name that begins like ours and is nobody's."""
+    if name.lower().startswith(_BEGINNINGS):
+        from nnunetv2_meddinov3.spelling import refuse_misspelt
+
+        refuse_misspelt(name, list(names), getattr(module, "__file__", None))
 
 
 class _HostFinder:

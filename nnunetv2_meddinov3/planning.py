@@ -12,16 +12,26 @@ import copy
 import math
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.preprocessed import (
+    free_identifier,
+    other_plans,
+    preprocessing,
+    users_of,
+)
 from nnunetv2_meddinov3.settings import backbone_setting, check_variables
+from nnunetv2_meddinov3.unet import unet_for
 
 PLANS_NAME = "nnUNetMedDINOv3Plans"
 STOCK_PLANS_NAME = "nnUNetPlans"
@@ -93,19 +103,29 @@ class MedDINOv3Planner(ExperimentPlanner):
         Returns:
             The plans as written.
         """
+        plans = super().plan_experiment()
+        folder = Path(str(nnUNet_preprocessed), self.dataset_name)
+        others = other_plans(folder, self.plans_identifier)
+        for name in ("2d", "3d_fullres", "3d_lowres"):
+            if name in plans["configurations"]:
+                self._choose_data_folder(plans, name, others)
         self.plans = add_configuration(
-            super().plan_experiment(),
+            plans,
             self.added_size,
             gpu_memory_gb=self.UNet_vram_target_GB,
             backbone=self.backbone,
             training_cases=self.dataset_json["numTraining"],
+            others=others,
         )
         self.save_plans(self.plans)
         print(describe(self.plans, self.added_size, self.backbone))
         return self.plans
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """Name the folder of preprocessed data: nnU-Net's own wherever the data are the same."""
+        """Name the folder of preprocessed data: nnU-Net's own where the options are nnU-Net's.
+
+        nnU-Net asks while it plans; ``plan_experiment`` compares what was planned afterwards.
+        """
         as_stock = (
             self.overwrite_target_spacing is None
             and self.preprocessor_name == "DefaultPreprocessor"
@@ -116,9 +136,60 @@ class MedDINOv3Planner(ExperimentPlanner):
         owner = STOCK_PLANS_NAME if as_stock else self.plans_identifier
         return f"{owner}_{configuration_name}"
 
+    def _choose_data_folder(
+        self, plans: dict[str, Any], name: str, others: list[dict[str, Any]]
+    ) -> None:
+        """Give a configuration a folder that no other plans fill with different data."""
+        configuration = plans["configurations"][name]
+        shared, own = configuration["data_identifier"], f"{self.plans_identifier}_{name}"
+        wanted = preprocessing(plans, name)
+        candidates = [shared, own]
+        if shared != own and not any(users_of(shared, others)):
+            # nobody planned for this folder yet, so nnU-Net's plans are yet to come
+            expected = self._stock_preprocessing(plans, name)
+            candidates = [shared, own] if wanted == expected else [own]
+        chosen = free_identifier(wanted, candidates, others)
+        if chosen != shared:
+            print(f"{name} has preprocessed data of its own, {chosen}: those of {shared} differ")
+        configuration["data_identifier"] = chosen
+
+    def _stock_preprocessing(self, plans: dict[str, Any], name: str) -> dict[str, Any]:
+        """Return how nnU-Net's default planner has this configuration preprocessed."""
+        stock = ExperimentPlanner(self.dataset_name)
+        transpose, _ = stock.determine_transpose()
+        spacing = stock.determine_fullres_target_spacing()[transpose]
+        schemes, masks = stock.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        of_data, data_kwargs, of_seg, seg_kwargs = stock.determine_resampling()
+        planned = {
+            "preprocessor_name": stock.preprocessor_name,
+            "spacing": [float(mm) for mm in (spacing[1:] if name == "2d" else spacing)],
+            "normalization_schemes": schemes,
+            "use_mask_for_norm": masks,
+            "resampling_fn_data": of_data.__name__,
+            "resampling_fn_data_kwargs": data_kwargs,
+            "resampling_fn_seg": of_seg.__name__,
+            "resampling_fn_seg_kwargs": seg_kwargs,
+        }
+        if name == "3d_lowres" and type(self) is MedDINOv3Planner:
+            # its spacing follows from the U-Net and the memory, which are nnU-Net's here
+            planned["spacing"] = plans["configurations"][name]["spacing"]
+        expected = {
+            **plans,
+            "transpose_forward": [int(axis) for axis in transpose],
+            "image_reader_writer": stock.determine_reader_writer().__name__,
+            "configurations": {name: planned},
+        }
+        return preprocessing(expected, name)
+
 
 def add_configuration(
-    plans: dict[str, Any], size: int, *, gpu_memory_gb: float, backbone: str, training_cases: int
+    plans: dict[str, Any],
+    size: int,
+    *,
+    gpu_memory_gb: float,
+    backbone: str,
+    training_cases: int,
+    others: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return a copy of nnU-Net's plans with ``2d_<size>``, which inherits from their ``2d``.
 
@@ -128,6 +199,7 @@ def add_configuration(
         gpu_memory_gb: GPU memory that training may take, in GB.
         backbone: A key of ``MEMORY``.
         training_cases: Number of training images, for nnU-Net's limit on the batch size.
+        others: The other plans of the dataset, whose preprocessed data must stay.
 
     Raises:
         UserError: The plans have no configuration ``2d``.
@@ -146,6 +218,10 @@ def add_configuration(
     patch_size = [PATCH_MULTIPLE * -(-int(n) * size // step) for n in planned["patch_size"]]
     median = [round(float(n) / factor) for n in planned["median_image_size_in_voxels"]]
     training_pixels = math.prod(median) * _slices_per_case(plans) * training_cases
+    spacing = [float(mm) * factor for mm in planned["spacing"]]
+    # Ours replace it; nnU-Net's own trainer, the baseline of a comparison, trains it.
+    unet = unet_for(planned["architecture"], patch_size, spacing)
+    before = plans["configurations"].get(f"2d_{size}")
     plans = copy.deepcopy(plans)
     plans["configurations"][f"2d_{size}"] = {
         "inherits_from": "2d",
@@ -153,7 +229,8 @@ def add_configuration(
         "batch_size": _batch_size(MEMORY[backbone], patch_size, gpu_memory_gb, training_pixels),
         "patch_size": patch_size,
         "median_image_size_in_voxels": median,
-        "spacing": [float(mm) * factor for mm in planned["spacing"]],
+        "spacing": spacing,
+        **({} if unet is None else {"architecture": unet}),
         # nnU-Net's default takes several times as long to bring logits back to the image. As 2D
         # keeps the slices as they are, resampling all axes at once is linear within the slice;
         # with force_separate_z a long in-plane axis could pass for z and be resampled to nearest.
@@ -164,7 +241,30 @@ def add_configuration(
             "memefficient_seg_resampling": False,
         },
     }
+    _choose_own_folder(plans, f"2d_{size}", before, list(others))
     return plans
+
+
+def _choose_own_folder(
+    plans: dict[str, Any], name: str, before: dict[str, Any] | None, others: list[dict[str, Any]]
+) -> None:
+    """Give an added configuration a folder that no other plans fill with different data.
+
+    Args:
+        plans: With the configuration in them, whose folder this changes.
+        name: Of the configuration.
+        before: The configuration of that name that is replaced; it keeps a folder with its data.
+        others: The other plans of the dataset.
+    """
+    configurations = plans["configurations"]
+    wanted = preprocessing(plans, name)
+    if before is not None and "data_identifier" in before:
+        old = {**plans, "configurations": {**configurations, name: before}}
+        if preprocessing(old, name) == wanted:
+            configurations[name]["data_identifier"] = before["data_identifier"]
+            return
+    candidates = [configurations[name]["data_identifier"]]
+    configurations[name]["data_identifier"] = free_identifier(wanted, candidates, others)
 
 
 def estimate_gpu_memory(backbone: str, batch_size: int, patch_size: list[int]) -> float:

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     # Imported here because nnU-Net's planner imports torch, for which `--help` need not wait.
     from nnunetv2_meddinov3 import planning
+    from nnunetv2_meddinov3.preprocessed import other_plans
 
     check_variables()
     size = planning.size_setting(arguments.size)
@@ -46,7 +47,9 @@ def main(argv: list[str]) -> int:
             gpu_memory_gb=gpu_memory_gb,
             backbone=backbone,
             training_cases=_training_cases(path.parent),
+            others=other_plans(path.parent, path.stem),
         )
+        amended = _keep_unet(plans, amended, f"2d_{size}")
         if not arguments.overwrite:
             _refuse_to_replace(plans, amended, f"2d_{size}", path)
         amendments.append((path, plans, amended))
@@ -186,11 +189,29 @@ def _read_json(path: Path) -> Any:
         ) from error
 
 
+def _keep_unet(plans: dict[str, Any], amended: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the old plans where the new differ only by a U-Net that they do without.
+
+    Versions before this one let ``2d_N`` inherit it. Where it fits, somebody may have trained it.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_meddinov3.unet import fits
+
+    old, new = plans["configurations"].get(name), amended["configurations"][name]
+    if old is None or {**old, "architecture": new.get("architecture")} != new:
+        return amended
+    inherited = PlansManager(plans).get_configuration(name).configuration
+    return plans if fits(inherited["architecture"], inherited["patch_size"]) else amended
+
+
 def _refuse_to_replace(
     plans: dict[str, Any], amended: dict[str, Any], name: str, path: Path
 ) -> None:
     """Raise UserError if the plans hold a different configuration of that name."""
     old, new = plans["configurations"].get(name), amended["configurations"][name]
+    if old is not None and "architecture" not in old:  # then one is only added, see _keep_unet
+        old = {**old, **{key: new[key] for key in ("architecture",) if key in new}}
     if old is not None and old != new:
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         raise UserError(

@@ -89,6 +89,10 @@ class RawDataset:
         listed = self.entries.get(case, ((), None))[1] if part == "labelsTr" else None
         return listed or self.folder / part / f"{case}{self.ending}"
 
+    def unlabelled(self) -> list[str]:
+        """Return the training cases whose label file does not exist, sorted."""
+        return [case for case in self.images() if not self.label(case).is_file()]
+
 
 def open_raw_dataset(folder: Path | str) -> RawDataset:
     """Read a dataset's dataset.json, nnU-Net's or the Medical Segmentation Decathlon's.

@@ -203,3 +203,62 @@ def test_every_module_of_trainers_is_in_the_table():
 
 def _sources(package):
     return [p for p in Path(package.__file__).parent.glob("*.py") if p.stem != "__init__"]
+
+
+@pytest.fixture
+def host_with_our_names(fresh, monkeypatch):
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    fresh._HOSTS[HOST] = dict.fromkeys(discovery.TRAINERS, "plugin_for_tests")
+    fresh.register()
+    return importlib.import_module(HOST)
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("MedDINOv3Trainr", "did you mean MedDINOv3Trainer?"),
+        ("meddinov3trainer", "did you mean MedDINOv3Trainer?"),
+        ("MedDINOv3Trainer_scrach", "did you mean MedDINOv3Trainer_scratch?"),
+        ("MedDINOv3_frozen", "did you mean MedDINOv3Trainer_frozen?"),
+        ("DINOv3Trainer2", "did you mean DINOv3Trainer?"),
+        ("MedDINOv3Trainer_100epochs", "take MedDINOv3Trainer and export MEDDINOV3_EPOCHS=100,"),
+        ("DINOv3Trainer_5epochs", "take DINOv3Trainer and export MEDDINOV3_EPOCHS=5,"),
+        ("MedDINOv3Trainer_frozen_1epoch", "take MedDINOv3Trainer_frozen and export MEDDINOV3_EPO"),
+    ],
+)
+def test_a_misspelt_name_of_ours_gets_the_nearest(typed, advice, host_with_our_names):
+    with pytest.raises(UserError) as caught:
+        hasattr(host_with_our_names, typed)
+    assert advice in str(caught.value)
+    assert "MedDINOv3Trainer_NoMirroring" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "typed", ["nnUNetTrainerr", "DINOTrainer", "Trainer", "MyMedDINOv3Trainer"]
+)
+def test_other_names_are_left_to_nnunet(typed, host_with_our_names):
+    assert not hasattr(host_with_our_names, typed)
+
+
+@pytest.mark.parametrize("place", ["beside the host", "ext"])
+def test_somebody_elses_class_may_begin_like_ours(
+    place, host_with_our_names, tmp_path, monkeypatch
+):
+    folder = tmp_path / ("host_for_tests" if place == "beside the host" else "ext/deeper")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "theirs.py").write_text("class MedDINOv3Trainer_theirs: pass\n")
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path / 'ext'}:")
+    assert not hasattr(host_with_our_names, "MedDINOv3Trainer_theirs")
+    with pytest.raises(UserError, match="did you mean"):
+        hasattr(host_with_our_names, "MedDINOv3Trainer_their")
+
+
+@pytest.mark.slow
+def test_nnunets_own_searches_give_the_nearest_name():
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    discovery.register()
+    with pytest.raises(UserError, match="MEDDINOV3_EPOCHS=7"):
+        recursive_find_trainer_class_by_name("MedDINOv3Trainer_7epochs")
+    with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer"):
+        recursive_find_trainer_class_by_name("SomebodysTrainer_7epochs")

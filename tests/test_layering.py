@@ -19,7 +19,7 @@ MAX_LINES = 400
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
 SHARED = {"errors", "files", "progress", "html", "signals", "raw_dataset", "settings"}
-NNUNET_SIDE = {"trainers", "fine_tuning", "planning", "planning_cli"}
+NNUNET_SIDE = {"trainers", "fine_tuning", "planning", "planning_cli", "preprocessed", "unet"}
 MAY_IMPORT = {
     "__init__": set(),
     **dict.fromkeys(SHARED, SHARED),
@@ -27,13 +27,15 @@ MAY_IMPORT = {
     "curate": SHARED | {"store"},
     "models": SHARED,
     "pretrain": SHARED | {"store", "models"},
-    **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery"}),
+    **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness"}),
+    "readiness": SHARED,
     "evaluation": SHARED,
     "demo": SHARED | {"evaluation", "planning"},
-    "discovery": SHARED,
+    "discovery": SHARED | {"spelling"},
+    "spelling": SHARED,
     "ext": {"discovery"},
     "doctor": SHARED | {"cli", "discovery", "models"},
-    "cli": SHARED | {"discovery"},
+    "cli": SHARED | {"discovery", "readiness"},
     "__main__": {"cli"},
 }
 # Which of the large libraries each must not import, at the top of a module or inside a function.

@@ -28,7 +28,7 @@ def check_raw(raw: Path) -> RawDataset:
     """
     raw = raw.expanduser().absolute()
     wanted = "--raw must be a raw dataset of nnU-Net (DatasetXXX_Name: dataset.json and images)"
-    if not re.fullmatch(r"Dataset\d{3}_.+", raw.name):
+    if not _is_dataset_name(raw.name):
         raise UserError(f"{wanted}, but {raw} has another name; give the dataset's own folder.")
     dataset = open_raw_dataset(raw)
     parts = {"labels": dataset.labels, "file_ending": dataset.ending}
@@ -40,13 +40,32 @@ def check_raw(raw: Path) -> RawDataset:
             f"{wanted} with at least {FOLDS} training cases for nnU-Net's {FOLDS} folds, but "
             f"{raw} has {found}; add cases or run the demo without --raw."
         )
-    same_id = sorted(path.name for path in raw.parent.glob(f"{raw.name[:10]}_*") if path.is_dir())
+    if missing := dataset.unlabelled():
+        raise UserError(
+            f"{wanted} with a label file for each training case, but there is no "
+            f"{dataset.label(missing[0])}"
+            f"{f' ({len(missing)} are missing)' if len(missing) > 1 else ''}; add labels or take "
+            "the images away."
+        )
+    start = f"Dataset{dataset_number(raw.name):03d}"  # nnU-Net takes whatever begins so
+    same_id = sorted(path.name for path in raw.parent.glob(f"{start}*") if path.is_dir())
     if len(same_id) > 1:
         raise UserError(
-            f"nnU-Net wants one dataset for each id, but {raw.parent} has {' and '.join(same_id)}; "
-            "give one of them another id."
+            f"nnU-Net wants one dataset whose name begins with {start}, but {raw.parent} has "
+            f"{' and '.join(same_id)}; give one of them another id."
         )
     return dataset
+
+
+def dataset_number(name: str) -> int:
+    """Return the id in a dataset's name; it has three digits or, above 999, more."""
+    return int(name.removeprefix("Dataset").partition("_")[0])
+
+
+def _is_dataset_name(name: str) -> bool:
+    """Return whether nnU-Net finds a folder of this name by its id, as in ``-d 1234``."""
+    match = re.fullmatch(r"Dataset([0-9]{3,})_.+", name)
+    return match is not None and match[1] == f"{int(match[1]):03d}"
 
 
 def prepare_out(out: Path, raw: Path | None) -> Path:

@@ -17,7 +17,12 @@ from pathlib import Path
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.demo.commands import find_command, run_step
-from nnunetv2_meddinov3.demo.data import check_raw, held_out_cases, prepare_out
+from nnunetv2_meddinov3.demo.data import (
+    check_raw,
+    dataset_number,
+    held_out_cases,
+    prepare_out,
+)
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
 from nnunetv2_meddinov3.settings import check_variables, count_setting
@@ -232,7 +237,7 @@ def _plan_and_train(
     out: Path, name: str, recipe: Recipe, variables: Mapping[str, str]
 ) -> list[str]:
     """Run the first two steps on the dataset of a name; return the commands as typed."""
-    number = str(int(name[7:10]))
+    number = str(dataset_number(name))
     plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", recipe.planner]
     plan += ["-c", recipe.configuration, "-np", "1", "-npfp", "1", "--verify_dataset_integrity"]
     train = ["nnUNetv2_train", number, recipe.configuration, "0", "-tr", recipe.trainer]
@@ -257,7 +262,7 @@ def _predict(
 ) -> str:
     """Run the last step; return the command as typed."""
     predict = ["nnUNetv2_predict", "-i", str(images), "-o", str(predictions)]
-    predict += ["-d", str(int(name[7:10])), "-c", recipe.configuration, "-f", "0"]
+    predict += ["-d", str(dataset_number(name)), "-c", recipe.configuration, "-f", "0"]
     predict += ["-tr", recipe.trainer, "-p", recipe.plans, "-device", recipe.device]
     environment = _environment(variables, augmentation_processes=0)
     run_step("[3/3] Predict", predict, environment, out / "logs" / "3_predict.log")

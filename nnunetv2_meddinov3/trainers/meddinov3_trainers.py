@@ -13,7 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_meddinov3 import fine_tuning
+from nnunetv2_meddinov3 import fine_tuning, readiness
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmenter import Segmenter
@@ -51,6 +51,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
     ) -> None:
         check_variables()
         checkpointing_setting()
+        readiness.check_planned(plans, configuration)
         fine_tuning.check_configuration(plans, configuration)
         epochs, iterations = map(count_setting, ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS"))
         try:
@@ -67,6 +68,11 @@ class MedDINOv3Trainer(nnUNetTrainer):
             self.num_val_iterations_per_epoch = max(1, iterations // 5)
         self.enable_deep_supervision = False
         self._resumed_architecture: dict[str, Any] | None = None
+
+    def run_training(self) -> None:
+        """Train, once it is certain that device and preprocessed data are there."""
+        readiness.check_trainer(self)
+        super().run_training()
 
     def initialize(self) -> None:
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.

@@ -8,6 +8,7 @@ import pytest
 from nnunetv2_meddinov3.demo.data import (
     MARKER,
     check_raw,
+    dataset_number,
     held_out_cases,
     prepare_out,
 )
@@ -66,3 +67,33 @@ def test_what_dataset_json_lacks_is_named(key, tmp_path):
     (folder / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises(UserError, match=f"lacks {key}"):
         check_raw(folder)
+
+
+@pytest.mark.parametrize(("name", "number"), [("Dataset1234_Big", 1234), ("Dataset007_A", 7)])
+def test_an_id_may_have_more_than_three_digits(name, number, tmp_path):
+    folder = make_raw(tmp_path / name, num_train=5)
+    (tmp_path / "Dataset008_Other").mkdir()
+    assert dataset_number(check_raw(folder).folder.name) == number
+
+
+@pytest.mark.parametrize("name", ["Dataset12_Short", "Dataset0123_Padded", "Dataset123", "123_A"])
+def test_a_name_that_nnunet_does_not_find_by_its_id_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="has another name"):
+        check_raw(make_raw(tmp_path / name, num_train=5))
+
+
+def test_an_id_that_is_the_beginning_of_another_is_refused_as_nnunet_does(tmp_path):
+    folder = make_raw(tmp_path / "Dataset123_Mine", num_train=5)
+    (tmp_path / "Dataset1234_Other").mkdir()
+    with pytest.raises(UserError, match=r"begins with Dataset123, .*Dataset1234_Other and Dat"):
+        check_raw(folder)
+
+
+@pytest.mark.parametrize("removed", [["phantom_003"], ["phantom_001", "phantom_004"]])
+def test_a_missing_label_file_is_named(removed, tmp_path):
+    folder = make_raw(tmp_path / "Dataset123_Mine", num_train=5)
+    for case in removed:
+        (folder / "labelsTr" / f"{case}.nii.gz").unlink()
+    with pytest.raises(UserError, match=f"there is no .*{removed[0]}.nii.gz") as caught:
+        check_raw(folder)
+    assert ("(2 are missing)" in str(caught.value)) is (len(removed) == 2)

@@ -144,6 +144,17 @@ def test_the_command_needs_nnunets_folder(value, expected, folder, monkeypatch, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Dataset1234_Big", "Dataset012345_Long", "Dataset007"])
+def test_an_id_has_as_many_digits_as_the_folder_says(name, planned, capsys):
+    planned.rename(planned.with_name(name))
+    number = str(int(name[7:].partition("_")[0]))
+    capsys.readouterr()
+    for dataset in (number, name):
+        assert meddinov3(["plan", "-d", dataset, "--size", "128"]) == 0
+        assert f"  nnUNetv2_preprocess -d {number} " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_dataset_without_its_description_is_refused(planned, capsys):
     (planned / "dataset.json").write_text("{}")
     assert "must hold numTraining" in fail(["plan", "-d", "901", "--size", "128"], capsys)

@@ -76,6 +76,8 @@ def scene(workplace, tmp_path_factory):
         workplace.train(31, "MedDINOv3Trainer")
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
     plans["configurations"]["2d_into_3d"] = {"inherits_from": "2d", "next_stage": "3d_fullres"}
+    unprepared = {"inherits_from": "2d", "data_identifier": "nnUNetPlans_2d_unprepared"}
+    plans["configurations"]["2d_unprepared"] = unprepared
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
     return workplace, folder
 
@@ -100,6 +102,14 @@ MISTAKES = {
         r"2d_into_3d belongs to a cascade with 3d_fullres, which is 3D",
     ),
     "an unknown configuration": ({"configuration": "2d_896"}, r"must hold .*2d_896.*plan it"),
+    "a size that was not planned": (
+        {"configuration": "2d_448"},
+        r"meddinov3 plan -d 31 --size 448 -p nnUNetPlans.*nnUNetv2_preprocess -d 31 .*-c 2d_448",
+    ),
+    "data that were not preprocessed": (
+        {"configuration": "2d_unprepared", "weights": "absent.pth"},  # which are not read
+        r"does not exist: run `nnUNetv2_preprocess -d 31 -plans_name nnUNetPlans -c 2d_unprepared",
+    ),
     "a second fold of another architecture": (
         {"weights": "none", "fold": "1", "MEDDINOV3_BACKBONE": "vit_tiny"},
         r"all folds .* one architecture.*differs from fold_0",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +120,14 @@ def _cases(dataset: RawDataset) -> dict[str, tuple[Path, Path]]:
         raise UserError(
             f"a labelled nnU-Net raw dataset has imagesTr and labelsTr, but {dataset.folder} holds "
             f"no case with both (file_ending {dataset.ending or 'is not given'})."
+        )
+    if missing := dataset.unlabelled():
+        several = len(missing) > 1
+        print(
+            f"{dataset.folder} has {len(missing)} training case{'s' if several else ''} without a "
+            f"label file, left out here; {'the first that is missing' if several else 'missing'} "
+            f"is {dataset.label(missing[0])}.",
+            file=sys.stderr,
         )
     return cases
 

@@ -49,6 +49,20 @@ def test_a_dataset_without_labels_is_one_sentence(dataset, tmp_path):
         ProbeData.from_nnunet(folder)
 
 
+def test_a_case_without_its_label_file_is_named_and_left_out(dataset, tmp_path, capsys):
+    folder = tmp_path / "Dataset004"
+    shutil.copytree(dataset, folder)
+    ProbeData.from_nnunet(folder, size=64, slices_per_case=1)
+    assert capsys.readouterr().err == ""
+    missing = sorted((folder / "labelsTr").iterdir())[1]
+    missing.unlink()
+    data = ProbeData.from_nnunet(folder, size=64, slices_per_case=1)
+    said = capsys.readouterr().err
+    assert "1 training case without a label file" in said
+    assert str(missing) in said
+    assert missing.name.split(".")[0] not in data.patients
+
+
 LABELS = {
     "background": 0,
     "liver": 1,
