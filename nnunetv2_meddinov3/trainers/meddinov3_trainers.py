@@ -19,6 +19,7 @@ from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmenter import Segmenter
 from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.settings import check_variables, checkpointing_setting, count_setting
+from nnunetv2_meddinov3.step_guard import StepGuard
 
 
 class MedDINOv3Trainer(nnUNetTrainer):
@@ -40,6 +41,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
     drop_path = 0.2
     is_frozen = False
     is_mirroring = True
+    skipped_steps_limit = 20  # in a row, after which a run stops
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
             self.num_iterations_per_epoch = iterations
             self.num_val_iterations_per_epoch = max(1, iterations // 5)
         self.enable_deep_supervision = False
+        self._step_guard: StepGuard | None = None
         self._resumed_architecture: dict[str, Any] | None = None
 
     def initialize(self) -> None:
@@ -84,6 +87,10 @@ class MedDINOv3Trainer(nnUNetTrainer):
             load_into(network, checkpoint.tensors, image_channels=len(channels))
         if network.autocast_dtype is torch.bfloat16:
             self.grad_scaler = None  # bf16 has the range of fp32
+        if self.grad_scaler is None:  # which would skip such steps itself
+            self._step_guard = StepGuard(
+                self.optimizer, self.loss, self.skipped_steps_limit, self._say_once
+            )
 
     def _settle_architecture(self) -> Checkpoint | None:
         """Write the architecture into the plans; return the pretrained checkpoint, if any."""
@@ -159,6 +166,29 @@ class MedDINOv3Trainer(nnUNetTrainer):
             groups.append({"params": vit, "lr": self.vit_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay, betas=(0.9, 0.98))
         return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Train on a batch as nnU-Net does, but skip the step if loss or gradient is not finite.
+
+        Raises:
+            UserError: If ``skipped_steps_limit`` steps in a row were.
+        """
+        if self._step_guard is None:
+            return super().train_step(batch)
+        self._step_guard.batch = batch
+        output = super().train_step(batch)
+        self._step_guard.batch = {}  # which would keep its memory
+        return {**output, "skipped": True} if self._step_guard.skipped else output
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the mean loss of the steps that were done."""
+        done = [output for output in train_outputs if "skipped" not in output]
+        super().on_train_epoch_end(done or train_outputs)
+
+    def _say_once(self, sentence: str) -> None:
+        """Log what all ranks know."""
+        if self.local_rank == 0:
+            self.print_to_log_file(sentence)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         """Return nnU-Net's choice, with mirroring off where the recipe says so."""
