@@ -29,6 +29,10 @@ from nnunetv2_meddinov3.settings import backbone_setting, checkpointing_setting,
 SEGMENTER = "nnunetv2_meddinov3.models.segmenter.Segmenter"
 
 
+# names that a run's length has in the optimiser's groups, and so in every checkpoint
+_LENGTH = ("num_epochs", "num_iterations")
+
+
 class GroupwisePolyLR(LRScheduler):
     """Polynomial decay that keeps the ratio between parameter groups.
 
@@ -50,6 +54,35 @@ class GroupwisePolyLR(LRScheduler):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def note_length(optimizer: torch.optim.Optimizer, epochs: int, iterations: int) -> None:
+    """Write a run's length into the optimiser's groups, which nnU-Net saves in its checkpoints."""
+    for group in optimizer.param_groups:
+        group.update(zip(_LENGTH, (epochs, iterations), strict=True))
+
+
+def noted_length(
+    filename_or_checkpoint: str | dict[str, Any],
+) -> tuple[int, int | None, int | None]:
+    """Return the epochs done, the epochs and the iterations per epoch of a checkpoint's run.
+
+    Checkpoints of earlier versions do not note them (None): the number of epochs follows from the
+    linear decay there, but not after the first epoch, when the rates are still the initial ones.
+
+    Args:
+        filename_or_checkpoint: As nnU-Net passes it; a file is opened without its tensors.
+    """
+    content: Any = filename_or_checkpoint
+    if isinstance(content, str | os.PathLike):
+        content = torch.load(content, map_location="cpu", mmap=True, weights_only=False)
+    done, group = content["current_epoch"], content["optimizer_state"]["param_groups"][0]
+    if _LENGTH[0] in group:
+        return done, group[_LENGTH[0]], group[_LENGTH[1]]
+    left = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
+    epochs = (done - 1) / (1 - left) if left < 1 else 0.5
+    is_linear = abs(epochs - round(epochs)) < 1e-3 and epochs >= done
+    return done, round(epochs) if is_linear else None, None
 
 
 def check_configuration(plans: dict[str, Any], name: str) -> None:
@@ -125,34 +158,10 @@ def plans_entry(
             "backbone": {**architecture.to_dict(), "input_channels": stem},
             "layers": resolve_layers(layers, architecture.depth),
             "drop_path": drop_path,
-            "activation_checkpointing": checkpointing_setting(),
+            "activation_checkpointing": bool(checkpointing_setting()),
         },
         "_kw_requires_import": [],
     }
-
-
-def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configuration: str) -> None:
-    """Refuse an architecture other than that of the folds trained before.
-
-    One model folder has one plans.json, from which every fold's network is built.
-
-    Raises:
-        UserError: If a fold beside this one has a checkpoint of another architecture.
-    """
-    others = [p for p in trained_folds(folder) if p.name != f"fold_{fold}"]
-    found = saved_architecture(folder, configuration)
-    if not others or found is None:
-        return
-    ours, theirs = entry["arch_kwargs"], found["arch_kwargs"]
-    differ = sorted(
-        differences(Architecture(**ours["backbone"]), Architecture(**theirs["backbone"]))
-    )
-    differ += ["layers"] if ours["layers"] != theirs["layers"] else []
-    if differ:
-        raise UserError(
-            f"all folds of a model must have one architecture, but this one differs from "
-            f"{others[0].name} in {', '.join(differ)}: use the same weights, or move {folder} away."
-        )
 
 
 def trained_folds(folder: str) -> list[Path]:

@@ -90,7 +90,9 @@ class StepGuard:
         if _is_distributed():
             everybody: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(everybody, (names, poisoned))
-            names, poisoned = ([n for part in parts for n in part] for parts in zip(*everybody))
+            names, poisoned = (
+                [n for part in parts for n in part] for parts in zip(*everybody, strict=True)
+            )
         text = f"cases {', '.join(dict.fromkeys(names)) or 'of unknown names'}"
         if poisoned:
             text += f"; NaN or infinity is in the images of {', '.join(dict.fromkeys(poisoned))}"

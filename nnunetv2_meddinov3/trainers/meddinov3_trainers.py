@@ -4,6 +4,7 @@ Each is chosen with ``-tr NAME``. Names become folder names and are public. Only
 live here, because nnU-Net's search imports every module of this folder.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_meddinov3 import fine_tuning
+from nnunetv2_meddinov3 import fine_tuning, folds
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmenter import Segmenter
@@ -65,11 +66,14 @@ class MedDINOv3Trainer(nnUNetTrainer):
         self.weight_decay = 5e-2
         self.num_epochs = epochs or self.epochs
         if iterations is not None:
-            self.num_iterations_per_epoch = iterations
-            self.num_val_iterations_per_epoch = max(1, iterations // 5)
+            self._set_iterations(iterations)
         self.enable_deep_supervision = False
         self._step_guard: StepGuard | None = None
         self._resumed_architecture: dict[str, Any] | None = None
+
+    def _set_iterations(self, iterations: int) -> None:
+        self.num_iterations_per_epoch = iterations
+        self.num_val_iterations_per_epoch = max(1, iterations // 5)
 
     def initialize(self) -> None:
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.
@@ -87,6 +91,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
             load_into(network, checkpoint.tensors, image_channels=len(channels))
         if network.autocast_dtype is torch.bfloat16:
             self.grad_scaler = None  # bf16 has the range of fp32
+        fine_tuning.note_length(self.optimizer, self.num_epochs, self.num_iterations_per_epoch)
         if self.grad_scaler is None:  # which would skip such steps itself
             self._step_guard = StepGuard(
                 self.optimizer, self.loss, self.skipped_steps_limit, self._say_once
@@ -95,7 +100,12 @@ class MedDINOv3Trainer(nnUNetTrainer):
     def _settle_architecture(self) -> Checkpoint | None:
         """Write the architecture into the plans; return the pretrained checkpoint, if any."""
         if self._resumed_architecture is not None:
-            self._set_architecture(self._resumed_architecture)
+            entry = self._resumed_architecture
+            folds.check_other_folds(self._fold(entry))
+            differ = folds.differences_from_saved(self._fold(entry))
+            if differ:
+                self._say_once(f"The plans differ from the saved ones in {', '.join(differ)}.")
+            self._set_architecture(entry)
             return None
         weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
         architecture, checkpoint = fine_tuning.settle_backbone(weights)
@@ -103,9 +113,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         entry = fine_tuning.plans_entry(architecture, channels, self.layers, self.drop_path)
-        fine_tuning.check_other_folds(
-            entry, self.output_folder_base, self.fold, self.configuration_name
-        )
+        folds.check_other_folds(self._fold(entry))
         self._set_architecture(entry)
         if checkpoint is None:
             self.print_to_log_file("The ViT starts from random weights.")
@@ -114,17 +122,57 @@ class MedDINOv3Trainer(nnUNetTrainer):
             self.print_to_log_file(f"Licence of these weights: {checkpoint.licence}.")
         return checkpoint
 
+    def _fold(self, entry: dict[str, Any]) -> folds.Fold:
+        return folds.Fold(
+            self.plans_manager.plans,
+            self.dataset_json,
+            entry,
+            self.output_folder_base,
+            f"fold_{self.fold}",
+            self.configuration_name,
+        )
+
     def _set_architecture(self, entry: dict[str, Any]) -> None:
         self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
         self.configuration_manager.configuration["architecture"] = entry
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Resume from a checkpoint, with the architecture it was trained with."""
-        if not self.was_initialized:
-            self._resumed_architecture = fine_tuning.checkpoint_architecture(
+        """Resume from a checkpoint, with its architecture and its length unless told otherwise."""
+        is_fresh = not self.was_initialized  # not --val_best after the training
+        if is_fresh:
+            entry = fine_tuning.checkpoint_architecture(
                 filename_or_checkpoint, self.configuration_name
             )
+            self._resumed_architecture = deepcopy(entry)
+            if (told := checkpointing_setting()) is not None:
+                self._resumed_architecture["arch_kwargs"]["activation_checkpointing"] = told
+                self._say_once(f"Activation checkpointing is {'on' if told else 'off'}.")
+            self._settle_length(*fine_tuning.noted_length(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
+        if is_fresh:
+            fine_tuning.note_length(self.optimizer, self.num_epochs, self.num_iterations_per_epoch)
+
+    def _settle_length(self, done: int, epochs: int | None, iterations: int | None) -> None:
+        """Keep a checkpoint's epochs and iterations unless a variable tells others; log it."""
+        told = [count_setting(name) for name in ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS")]
+        self.num_epochs = told[0] or epochs or self.num_epochs
+        if told[1] is None and iterations not in (None, self.num_iterations_per_epoch):
+            self._set_iterations(iterations)
+        self._say_once(
+            f"The checkpoint has done {done} of {self.num_epochs} epochs of "
+            f"{self.num_iterations_per_epoch} iterations."
+        )
+        now = self.num_epochs, self.num_iterations_per_epoch
+        names = "MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS"
+        for name, number, before, asked in zip(names, now, (epochs, iterations), told, strict=True):
+            what = name.removeprefix("MEDDINOV3_").lower()
+            if before is None:
+                self._say_once(f"It does not say its number of {what}, which is now {number}.")
+            elif number != before:
+                rates = "; the learning rates follow it" if what == "epochs" else ""
+                self._say_once(f"{name}={asked} replaces its {before} {what}{rates}.")
+            elif asked is None:
+                self._say_once(f"Its {what} are kept, because {name} is unset.")
 
     @staticmethod
     def build_network_architecture(
