@@ -83,9 +83,13 @@ class MedDINOv3Trainer(nnUNetTrainer):
         """
         if self.was_initialized:
             super().initialize()  # which refuses
-        checkpoint = self._settle_architecture()
+        file = None if self._resumed_architecture else fine_tuning.pretrained_file()
+        pretrained = None if file is None else fine_tuning.read_pretrained(file)
+        checkpoint = self._settle_architecture(pretrained)
         super().initialize()
         network = self._unwrapped_network()
+        if pretrained is not None:
+            fine_tuning.check_pretrained(pretrained, network)
         if checkpoint is not None:
             channels = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
             load_into(network, checkpoint.tensors, image_channels=len(channels))
@@ -97,8 +101,12 @@ class MedDINOv3Trainer(nnUNetTrainer):
                 self.optimizer, self.loss, self.skipped_steps_limit, self._say_once
             )
 
-    def _settle_architecture(self) -> Checkpoint | None:
-        """Write the architecture into the plans; return the pretrained checkpoint, if any."""
+    def _settle_architecture(self, given: fine_tuning.Pretrained | None) -> Checkpoint | None:
+        """Write the architecture into the plans; return the pretrained checkpoint, if any.
+
+        Args:
+            given: The file of ``-pretrained_weights``, whose network nnU-Net loads afterwards.
+        """
         if self._resumed_architecture is not None:
             entry = self._resumed_architecture
             folds.check_other_folds(self._fold(entry))
@@ -107,15 +115,19 @@ class MedDINOv3Trainer(nnUNetTrainer):
                 self._say_once(f"The plans differ from the saved ones in {', '.join(differ)}.")
             self._set_architecture(entry)
             return None
-        weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
-        architecture, checkpoint = fine_tuning.settle_backbone(weights)
+        architecture, checkpoint = given.architecture if given else None, None
+        if architecture is None:
+            weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
+            architecture, checkpoint = fine_tuning.settle_backbone(weights)
         channels = determine_num_input_channels(
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         entry = fine_tuning.plans_entry(architecture, channels, self.layers, self.drop_path)
         folds.check_other_folds(self._fold(entry))
         self._set_architecture(entry)
-        if checkpoint is None:
+        if given is not None:
+            self._say_once(f"The network starts from {given.file} (-pretrained_weights).")
+        elif checkpoint is None:
             self.print_to_log_file("The ViT starts from random weights.")
         elif self.local_rank == 0:
             self.print_to_log_file(f"The ViT starts from {checkpoint.report()}.")
