@@ -5,13 +5,16 @@ saves with the model; prediction, ``--val``, ``--c`` and an imported zip read it
 neither a variable nor a weights file.
 """
 
+import inspect
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_meddinov3.errors import UserError
@@ -22,11 +25,17 @@ from nnunetv2_meddinov3.models.architecture import (
     differences,
 )
 from nnunetv2_meddinov3.models.build import stem_channels
+from nnunetv2_meddinov3.models.formats import parse_state_dict
 from nnunetv2_meddinov3.models.segmenter import resolve_layers
-from nnunetv2_meddinov3.models.weights import Checkpoint, resolve_source
+from nnunetv2_meddinov3.models.tensor_files import read_files
+from nnunetv2_meddinov3.models.weights import Checkpoint, checkpoint_from, resolve_source
 from nnunetv2_meddinov3.settings import backbone_setting, checkpointing_setting, weights_setting
 
 SEGMENTER = "nnunetv2_meddinov3.models.segmenter.Segmenter"
+
+
+# names that a run's length has in the optimiser's groups, and so in every checkpoint
+_LENGTH = ("num_epochs", "num_iterations")
 
 
 class GroupwisePolyLR(LRScheduler):
@@ -50,6 +59,35 @@ class GroupwisePolyLR(LRScheduler):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def note_length(optimizer: torch.optim.Optimizer, epochs: int, iterations: int) -> None:
+    """Write a run's length into the optimiser's groups, which nnU-Net saves in its checkpoints."""
+    for group in optimizer.param_groups:
+        group.update(zip(_LENGTH, (epochs, iterations), strict=True))
+
+
+def noted_length(
+    filename_or_checkpoint: str | dict[str, Any],
+) -> tuple[int, int | None, int | None]:
+    """Return the epochs done, the epochs and the iterations per epoch of a checkpoint's run.
+
+    Checkpoints of earlier versions do not note them (None): the number of epochs follows from the
+    linear decay there, but not after the first epoch, when the rates are still the initial ones.
+
+    Args:
+        filename_or_checkpoint: As nnU-Net passes it; a file is opened without its tensors.
+    """
+    content: Any = filename_or_checkpoint
+    if isinstance(content, str | os.PathLike):
+        content = torch.load(content, map_location="cpu", mmap=True, weights_only=False)
+    done, group = content["current_epoch"], content["optimizer_state"]["param_groups"][0]
+    if _LENGTH[0] in group:
+        return done, group[_LENGTH[0]], group[_LENGTH[1]]
+    left = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
+    epochs = (done - 1) / (1 - left) if left < 1 else 0.5
+    is_linear = abs(epochs - round(epochs)) < 1e-3 and epochs >= done
+    return done, round(epochs) if is_linear else None, None
 
 
 def check_configuration(plans: dict[str, Any], name: str) -> None:
@@ -93,22 +131,96 @@ def settle_backbone(weights: str | None) -> tuple[Architecture, Checkpoint | Non
     Raises:
         UserError: If the weights cannot be read, or are of another size than MEDDINOV3_BACKBONE.
     """
-    size = backbone_setting()
     if weights is None:
-        return architecture_of(size or "vit_base"), None
+        return architecture_of(backbone_setting() or "vit_base"), None
     checkpoint = resolve_source(weights)
-    if size is not None:
-        differ = differences(architecture_of(size), checkpoint.architecture, SIZE_FIELDS)
-        if differ:
-            listed = (
-                f"{name} {theirs} instead of {ours}" for name, (ours, theirs) in differ.items()
-            )
-            raise UserError(
-                f"MEDDINOV3_BACKBONE={size} must be the size of the weights {weights}, but they "
-                f"have {', '.join(listed)}: unset it, or set MEDDINOV3_WEIGHTS to weights of that "
-                "size or to none."
-            )
+    _check_size(checkpoint.architecture, weights)
     return checkpoint.architecture, checkpoint
+
+
+def _check_size(architecture: Architecture, weights: str) -> None:
+    """Refuse weights of another size than MEDDINOV3_BACKBONE, where that is set."""
+    size = backbone_setting()
+    differ = differences(architecture_of(size), architecture, SIZE_FIELDS) if size else {}
+    if differ:
+        listed = (f"{name} {theirs} instead of {ours}" for name, (ours, theirs) in differ.items())
+        raise UserError(
+            f"MEDDINOV3_BACKBONE={size} must be the size of the weights {weights}, but they "
+            f"have {', '.join(listed)}: unset it, or set MEDDINOV3_WEIGHTS to weights of that "
+            "size or to none."
+        )
+
+
+def pretrained_file() -> str | None:
+    """Return the file of ``-pretrained_weights`` while nnU-Net initialises a trainer for it.
+
+    nnU-Net initialises first and loads the file over the network afterwards, and tells the trainer
+    nothing of it; so it is read off the function that does both. Anywhere else this is None, and
+    the trainer starts from its own weights, as without the option.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "maybe_load_checkpoint":
+            return frame.f_locals.get("pretrained_weights_file")
+        frame = frame.f_back
+    return None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A file for ``-pretrained_weights``, looked at before nnU-Net loads it.
+
+    Attributes:
+        file: Its path.
+        architecture: Of its backbone; None where the file does not say.
+        shapes: Of its network's tensors.
+    """
+
+    file: str
+    architecture: Architecture | None
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_pretrained(file: str) -> Pretrained:
+    """Read a file for ``-pretrained_weights``, without running its code.
+
+    Raises:
+        UserError: If it cannot be read, or is no checkpoint of nnU-Net with a network of ours, or
+            is of another size than MEDDINOV3_BACKBONE.
+    """
+    files = read_files(file)
+    if not files.run or not any(key.startswith("backbone.vit.") for key in files.tensors):
+        raise UserError(
+            f"-pretrained_weights must be a checkpoint_*.pth of a MedDINOv3 trainer, but {file} is "
+            "not: set MEDDINOV3_WEIGHTS to it if it holds a pretrained ViT, or name another file."
+        )
+    shapes = {name: tuple(t.shape) for name, t in files.tensors.items()}
+    if "architecture" not in files.run:
+        return Pretrained(file, None, shapes)
+    parsed = parse_state_dict(files.tensors, file)
+    architecture = checkpoint_from(parsed, file, run=files.run).architecture
+    _check_size(architecture, file)
+    return Pretrained(file, architecture, shapes)
+
+
+def check_pretrained(pretrained: Pretrained, network: nn.Module) -> None:
+    """Refuse a file that nnU-Net's ``-pretrained_weights`` cannot load into a network.
+
+    nnU-Net asks for every tensor of the network but those of the last layer, of the same shape.
+
+    Raises:
+        UserError: If one is missing or has another shape.
+    """
+    for name, tensor in network.state_dict().items():
+        found, needed = pretrained.shapes.get(name), tuple(tensor.shape)
+        if ".seg_layers." not in name and found != needed:
+            what = f"is {found}" if found is not None else "is missing"
+            raise UserError(
+                f"the network of -pretrained_weights must be the one that is trained but for its "
+                f"last layer, but {name} {what} in {pretrained.file} where {needed} is needed: "
+                "train with the trainer and the channels of that file, or set MEDDINOV3_WEIGHTS "
+                "to it, which takes its ViT alone and fits it to the channels."
+            )
 
 
 def plans_entry(
@@ -125,34 +237,10 @@ def plans_entry(
             "backbone": {**architecture.to_dict(), "input_channels": stem},
             "layers": resolve_layers(layers, architecture.depth),
             "drop_path": drop_path,
-            "activation_checkpointing": checkpointing_setting(),
+            "activation_checkpointing": bool(checkpointing_setting()),
         },
         "_kw_requires_import": [],
     }
-
-
-def check_other_folds(entry: dict[str, Any], folder: str, fold: int, configuration: str) -> None:
-    """Refuse an architecture other than that of the folds trained before.
-
-    One model folder has one plans.json, from which every fold's network is built.
-
-    Raises:
-        UserError: If a fold beside this one has a checkpoint of another architecture.
-    """
-    others = [p for p in trained_folds(folder) if p.name != f"fold_{fold}"]
-    found = saved_architecture(folder, configuration)
-    if not others or found is None:
-        return
-    ours, theirs = entry["arch_kwargs"], found["arch_kwargs"]
-    differ = sorted(
-        differences(Architecture(**ours["backbone"]), Architecture(**theirs["backbone"]))
-    )
-    differ += ["layers"] if ours["layers"] != theirs["layers"] else []
-    if differ:
-        raise UserError(
-            f"all folds of a model must have one architecture, but this one differs from "
-            f"{others[0].name} in {', '.join(differ)}: use the same weights, or move {folder} away."
-        )
 
 
 def trained_folds(folder: str) -> list[Path]:

@@ -70,13 +70,17 @@ def count_setting(name: str) -> int | None:
     return int(value)
 
 
-def checkpointing_setting() -> bool:
+def checkpointing_setting() -> bool | None:
     """Return whether ``MEDDINOV3_CHECKPOINTING`` asks to recompute the ViT's activations.
+
+    None stands for a variable that is unset or empty: a continued run then keeps its own choice.
 
     Raises:
         UserError: If it is neither 0 nor 1.
     """
-    value = os.environ.get("MEDDINOV3_CHECKPOINTING", "").strip() or "0"
+    value = os.environ.get("MEDDINOV3_CHECKPOINTING", "").strip()
+    if not value:
+        return None
     if value not in ("0", "1"):
         raise UserError(f"MEDDINOV3_CHECKPOINTING must be 0 or 1, got {value!r}.")
     return value == "1"

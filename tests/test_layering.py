@@ -19,7 +19,8 @@ MAX_LINES = 400
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
 SHARED = {"errors", "files", "progress", "html", "signals", "raw_dataset", "settings"}
-NNUNET_SIDE = {"trainers", "fine_tuning", "planning", "planning_cli", "preprocessed", "unet"}
+NNUNET_SIDE = {"trainers", "fine_tuning", "folds", "step_guard", "planning", "planning_cli"}
+NNUNET_SIDE |= {"preprocessed", "unet"}  # parts of planning
 MAY_IMPORT = {
     "__init__": set(),
     **dict.fromkeys(SHARED, SHARED),

@@ -111,8 +111,15 @@ class Parsed:
 
     @property
     def is_training(self) -> bool:
-        """Whether the backbone stood under a name that training code gives it, not a mere box."""
-        return bool(_TRAINING_NAMES & set(self.prefix.split(".")))
+        """Whether the backbone stood under a name that training code gives it, not a mere box.
+
+        ``backbone`` inside a ``state_dict`` is a box, as of a Lightning module around a hub's ViT,
+        unless the heads of self-supervised training are beside it.
+        """
+        names = _TRAINING_NAMES & set(self.prefix.split("."))
+        if names == {"backbone"} and "state_dict" in self.prefix.split("."):
+            return any("dino_head." in key or "ibot_head." in key for key in self.dropped)
+        return bool(names)
 
 
 def parse_state_dict(state: dict[str, Tensor], where: str, branch: str | None = None) -> Parsed:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,15 @@ class Contents:
         tensors: Key -> tensor; nested dictionaries are flattened with dots.
         metadata: What one of our own files says of itself.
         config: A DINOv3 ViT's config.json of Hugging Face transformers beside the file.
+        run: What a checkpoint of nnU-Net says of its training: ``trainer`` and, where a trainer of
+            ours wrote it, ``architecture`` of the backbone and ``network``, the segmenter's own
+            arguments.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 def read_files(path: str | os.PathLike[str], where: str | None = None) -> Contents:
@@ -65,6 +70,8 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
     path = found
     if path.is_dir():
         if (path / ".metadata").is_file():
+            for part in (path / ".metadata", *path.glob("*.distcp")):
+                _check_kind(_head(part, where), where if part.name == ".metadata" else str(part))
             return Contents(_read_distributed(path, where))
         shards = _shards(path, where)
         if not shards:
@@ -76,11 +83,13 @@ def read_files(path: str | os.PathLike[str], where: str | None = None) -> Conten
         shards = [path]
     state: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
+    run: dict[str, Any] = {}
     for shard in shards:
-        tensors, facts = _read_file(shard, where if len(shards) == 1 else str(shard))
-        state.update(tensors)
-        metadata.update(facts)
-    return Contents(state, metadata, _read_config(shards[0].parent / "config.json"))
+        contents = _read_file(shard, where if len(shards) == 1 else str(shard))
+        state.update(contents.tensors)
+        metadata.update(contents.metadata)
+        run.update(contents.run)
+    return Contents(state, metadata, _read_config(shards[0].parent / "config.json"), run)
 
 
 def _shards(folder: Path, where: str) -> list[Path]:
@@ -109,15 +118,47 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_file(path: Path, where: str) -> Contents:
+    head = _head(path, where)
+    _check_kind(head, where)
+    if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] != b"PK"):
+        return Contents(*_read_safetensors(path, where))
+    return _read_pickle(path, where)
+
+
+def _head(path: Path, where: str) -> bytes:
+    """Return the first bytes of a file."""
     try:
         with path.open("rb") as file:
-            head = file.read(9)
+            return file.read(512)
     except OSError as error:
         raise UserError(f"{where} must be readable: {first_line(error)}.") from error
-    if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] != b"PK"):
-        return _read_safetensors(path, where)
-    return _read_pickle(path, where), {}
+
+
+def _check_kind(head: bytes, where: str) -> None:
+    """Refuse what downloads leave in the place of weights: texts, which no weights begin with.
+
+    Raises:
+        UserError: If the file is a pointer of git-LFS, a web page or another text.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").strip()
+    if text.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{where} must hold weights, but it is a git-LFS pointer, a text that stands for them: "
+            "run `git lfs pull` in its repository, or download the file itself."
+        )
+    if not text or any(c < 32 and c not in b"\t\n\f\r" for c in text) or b"\x7f" in text:
+        return
+    with contextlib.suppress(UnicodeDecodeError):
+        shown = " ".join(text[:-3].decode().split())[:40] if len(head) == 512 else None
+        shown = " ".join(text.decode().split())[:40] if shown is None else shown
+        if text.startswith(b"<"):
+            raise UserError(
+                f"{where} must hold weights, but it is a web page, as a download without a login "
+                "or from a page's own address leaves: download the file itself."
+            )
+        if len(text) > 8:
+            raise UserError(f"{where} must hold weights, but it is a text: {shown!r}.")
 
 
 def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -131,24 +172,113 @@ def _read_safetensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[s
         raise UserError(_damaged(where, error)) from error
 
 
-def _read_pickle(path: Path, where: str) -> dict[str, Tensor]:
+class _Nothing:
+    """What a value of numpy's becomes: nothing of it is built, called or kept."""
+
+    def __init__(self, *args: Any) -> None:
+        """Take whatever the value would be made from."""
+
+    def __new__(cls, *args: Any) -> "_Nothing":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep nothing of it."""
+
+
+# nnU-Net's checkpoints hold numbers and arrays of numpy in their logs; these names make them, in
+# files of numpy 1 and 2
+_NUMPY = ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+_OF_NUMPY: list[Any] = [
+    (_Nothing, name)
+    for name in (
+        "numpy.ndarray",
+        "numpy.dtype",
+        *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _NUMPY),
+    )
+]
+# modules whose classes accompany weights and describe a run, and what these are made of
+_HARMLESS = {
+    "addict",
+    "argparse",
+    "collections",
+    "datetime",
+    "decimal",
+    "easydict",
+    "enum",
+    "fractions",
+    "fvcore",
+    "ml_collections",
+    "mmcv",
+    "mmengine",
+    "omegaconf",
+    "pathlib",
+    "typing",
+    "uuid",
+    "yacs",
+    *(
+        f"builtins.{name}"
+        for name in ("bool", "dict", "float", "frozenset", "int", "list", "object")
+    ),
+    *(f"builtins.{name}" for name in ("bytes", "range", "slice", "str", "tuple")),
+}
+
+
+def _read_pickle(path: Path, where: str) -> Contents:
+    tensors: dict[str, Tensor] = {}
     try:
-        tensors: dict[str, Tensor] = {}
-        with path.open("rb") as file:  # given a path, torch would go by its suffix
-            _flatten(torch.load(file, map_location="cpu", weights_only=True), "", tensors)
+        with path.open("rb") as file, torch.serialization.safe_globals(_OF_NUMPY):
+            # given a path, torch would go by its suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        run = _read_run(content)
+        _flatten(content["network_weights"] if run else content, "", tensors)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"{where} must hold tensors only, but it would run Python code when opened and was "
-                "not: get the file as safetensors or as a plain state dict (nnU-Net's own "
-                "checkpoints go to -pretrained_weights)."
-            ) from error
+        is_pickle = _head(path, where)[:1] == b"\x80"  # and not any bytes with an unknown operand
+        if "GLOBAL" in str(error) or (is_pickle and "Unsupported" in str(error)):
+            raise UserError(_unsafe(path, where, str(error))) from error
         raise UserError(_damaged(where, error)) from error
     except Exception as error:  # torch names no common class for what a damaged file can raise
         raise UserError(_damaged(where, error)) from error
     if not tensors:
         raise UserError(f"{where} must hold tensors, but it holds none.")
-    return tensors
+    return Contents(tensors, run=run)
+
+
+def _read_run(content: Any) -> dict[str, Any]:
+    """Return what a checkpoint of nnU-Net says of its training; nothing for any other content."""
+    if not isinstance(content, dict) or not isinstance(content.get("network_weights"), dict):
+        return {}
+    run: dict[str, Any] = {"trainer": str(content.get("trainer_name", "an unknown trainer"))}
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
+        arguments = content["init_args"]
+        configurations = arguments["plans"]["configurations"]
+        network = configurations[arguments["configuration"]]["architecture"]["arch_kwargs"]
+        run |= {"architecture": dict(network["backbone"]), "network": network}
+    return run
+
+
+def _unsafe(path: Path, where: str, reason: str) -> str:
+    """Say that a file would run code, and how to save its tensors if it would run none but ours."""
+    names: list[str] = []
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(_OF_NUMPY):
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    if not names or any(not _HARMLESS & {name, name.split(".")[0]} for name in names):
+        named = ", ".join(names[:3]) or reason.partition("GLOBAL ")[2].split(" ")[0]
+        return (
+            f"{where} must hold tensors only, but it would run Python code when opened"
+            f"{f' ({named})' if named else ''} and was not: get the file as safetensors or as a "
+            "plain state dict."
+        )
+    code = (
+        "import torch; keep = lambda d: {k: keep(v) for k, v in d.items() if isinstance(v, (dict, "
+        "torch.Tensor))} if isinstance(d, dict) else d; torch.save(keep(torch.load("
+        f'{json.dumps(str(path))}, map_location="cpu", weights_only=False)), '
+        f"{json.dumps(str(path.with_suffix('.tensors.pth')))})"
+    )
+    return (
+        f"{where} must hold tensors only, but it also holds objects of {', '.join(names[:3])}, "
+        "which would run Python code when opened, and was not opened: if you trust it, write its "
+        f"tensors to a file of their own with `python -c {shlex.quote(code)}`."
+    )
 
 
 def _damaged(where: str, error: Exception) -> str:

@@ -99,7 +99,8 @@ def read_checkpoint(
     """Read a backbone from a file or a folder of any known format, without running its code.
 
     Known are Meta's hub .pth, MedDINOv3's release, training checkpoints with heads, timm's and
-    Hugging Face's safetensors, our own safetensors, and torch.distributed.checkpoint folders.
+    Hugging Face's safetensors, our own safetensors, torch.distributed.checkpoint folders, and
+    nnU-Net's checkpoints of our trainers.
 
     Args:
         path: A file, or a folder of the last kind or with a ``model.safetensors``.
@@ -114,7 +115,9 @@ def read_checkpoint(
     where = source or os.fspath(path)
     files = read_files(path, where)
     parsed = parse_state_dict(files.tensors, where, branch)
-    return checkpoint_from(parsed, where, metadata=files.metadata, config=files.config, **overrides)
+    return checkpoint_from(
+        parsed, where, metadata=files.metadata, config=files.config, run=files.run, **overrides
+    )
 
 
 def checkpoint_from(
@@ -123,11 +126,12 @@ def checkpoint_from(
     *,
     metadata: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Checkpoint:
     """Complete parsed tensors to a checkpoint: architecture, strict accounting, finite values."""
-    metadata, config = metadata or {}, config or {}
-    architecture = infer_architecture(parsed, where, metadata, config, overrides)
+    metadata, config, run = metadata or {}, config or {}, run or {}
+    architecture = infer_architecture(parsed, where, metadata or run, config, overrides)
     tensors = _separate(parsed.tensors)
     with torch.device("meta"):
         empty = Backbone(architecture, mask_token="mask_token" in tensors)
@@ -143,7 +147,7 @@ def checkpoint_from(
                 f"weights must be finite numbers, but {name!r} in {where} holds NaN or infinity: "
                 "take an earlier checkpoint or fetch the file again."
             )
-    layout, licence = _describe(parsed, metadata)
+    layout, licence = _describe(parsed, metadata, run)
     return Checkpoint(architecture, tensors, where, layout, parsed.dropped, metadata, licence)
 
 
@@ -203,7 +207,8 @@ def infer_architecture(
 
     Heads come from the rotary periods, else from metadata or ``config`` (a Hugging Face
     config.json), else from DINOv3's head width: 64, and 128 at width 4096. ``norm_eps`` cannot be
-    seen in tensors: 1e-6 in training checkpoints such as MedDINOv3's release, else 1e-5.
+    seen in tensors: that of metadata, plans or config where there are any, 1e-6 in training
+    checkpoints such as MedDINOv3's release, else 1e-5.
     """
     t = parsed.tensors
     fc1 = next((k for k in ("mlp.fc1", "mlp.fc1_g") if f"blocks.0.{k}.weight" in t), None)
@@ -238,9 +243,11 @@ def infer_architecture(
         raise UserError(f"{where} does not describe a DINOv3-family ViT: {error}.") from error
 
 
-def _describe(parsed: Parsed, metadata: dict[str, Any]) -> tuple[str, str]:
+def _describe(parsed: Parsed, metadata: dict[str, Any], run: dict[str, Any]) -> tuple[str, str]:
     if metadata:
         return "nnunetv2_meddinov3 checkpoint", metadata.get("licence", "not stated in the file")
+    if run:
+        return f"nnU-Net checkpoint of {run['trainer']}", TRAINING_LICENCE
     if parsed.naming == "meta" and parsed.is_training:
         return f"training checkpoint, {parsed.prefix.rstrip('.')}", TRAINING_LICENCE
     names = {"meta": "DINOv3 hub", "timm": "timm", "huggingface": "Hugging Face"}

@@ -4,6 +4,7 @@ Each is chosen with ``-tr NAME``. Names become folder names and are public. Only
 live here, because nnU-Net's search imports every module of this folder.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_meddinov3 import fine_tuning, readiness
+from nnunetv2_meddinov3 import fine_tuning, folds, readiness
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmenter import Segmenter
 from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.settings import check_variables, checkpointing_setting, count_setting
+from nnunetv2_meddinov3.step_guard import StepGuard
 
 
 class MedDINOv3Trainer(nnUNetTrainer):
@@ -40,6 +42,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
     drop_path = 0.2
     is_frozen = False
     is_mirroring = True
+    skipped_steps_limit = 20  # in a row, after which a run stops
 
     def __init__(
         self,
@@ -64,15 +67,19 @@ class MedDINOv3Trainer(nnUNetTrainer):
         self.weight_decay = 5e-2
         self.num_epochs = epochs or self.epochs
         if iterations is not None:
-            self.num_iterations_per_epoch = iterations
-            self.num_val_iterations_per_epoch = max(1, iterations // 5)
+            self._set_iterations(iterations)
         self.enable_deep_supervision = False
+        self._step_guard: StepGuard | None = None
         self._resumed_architecture: dict[str, Any] | None = None
 
     def run_training(self) -> None:
         """Train, once it is certain that device and preprocessed data are there."""
         readiness.check_trainer(self)
         super().run_training()
+
+    def _set_iterations(self, iterations: int) -> None:
+        self.num_iterations_per_epoch = iterations
+        self.num_val_iterations_per_epoch = max(1, iterations // 5)
 
     def initialize(self) -> None:
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.
@@ -82,48 +89,108 @@ class MedDINOv3Trainer(nnUNetTrainer):
         """
         if self.was_initialized:
             super().initialize()  # which refuses
-        checkpoint = self._settle_architecture()
+        file = None if self._resumed_architecture else fine_tuning.pretrained_file()
+        pretrained = None if file is None else fine_tuning.read_pretrained(file)
+        checkpoint = self._settle_architecture(pretrained)
         super().initialize()
         network = self._unwrapped_network()
+        if pretrained is not None:
+            fine_tuning.check_pretrained(pretrained, network)
         if checkpoint is not None:
             channels = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
             load_into(network, checkpoint.tensors, image_channels=len(channels))
         if network.autocast_dtype is torch.bfloat16:
             self.grad_scaler = None  # bf16 has the range of fp32
+        fine_tuning.note_length(self.optimizer, self.num_epochs, self.num_iterations_per_epoch)
+        if self.grad_scaler is None:  # which would skip such steps itself
+            self._step_guard = StepGuard(
+                self.optimizer, self.loss, self.skipped_steps_limit, self._say_once
+            )
 
-    def _settle_architecture(self) -> Checkpoint | None:
-        """Write the architecture into the plans; return the pretrained checkpoint, if any."""
+    def _settle_architecture(self, given: fine_tuning.Pretrained | None) -> Checkpoint | None:
+        """Write the architecture into the plans; return the pretrained checkpoint, if any.
+
+        Args:
+            given: The file of ``-pretrained_weights``, whose network nnU-Net loads afterwards.
+        """
         if self._resumed_architecture is not None:
-            self._set_architecture(self._resumed_architecture)
+            entry = self._resumed_architecture
+            folds.check_other_folds(self._fold(entry))
+            differ = folds.differences_from_saved(self._fold(entry))
+            if differ:
+                self._say_once(f"The plans differ from the saved ones in {', '.join(differ)}.")
+            self._set_architecture(entry)
             return None
-        weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
-        architecture, checkpoint = fine_tuning.settle_backbone(weights)
+        architecture, checkpoint = given.architecture if given else None, None
+        if architecture is None:
+            weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
+            architecture, checkpoint = fine_tuning.settle_backbone(weights)
         channels = determine_num_input_channels(
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         entry = fine_tuning.plans_entry(architecture, channels, self.layers, self.drop_path)
-        fine_tuning.check_other_folds(
-            entry, self.output_folder_base, self.fold, self.configuration_name
-        )
+        folds.check_other_folds(self._fold(entry))
         self._set_architecture(entry)
-        if checkpoint is None:
+        if given is not None:
+            self._say_once(f"The network starts from {given.file} (-pretrained_weights).")
+        elif checkpoint is None:
             self.print_to_log_file("The ViT starts from random weights.")
         elif self.local_rank == 0:
             self.print_to_log_file(f"The ViT starts from {checkpoint.report()}.")
             self.print_to_log_file(f"Licence of these weights: {checkpoint.licence}.")
         return checkpoint
 
+    def _fold(self, entry: dict[str, Any]) -> folds.Fold:
+        return folds.Fold(
+            self.plans_manager.plans,
+            self.dataset_json,
+            entry,
+            self.output_folder_base,
+            f"fold_{self.fold}",
+            self.configuration_name,
+        )
+
     def _set_architecture(self, entry: dict[str, Any]) -> None:
         self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
         self.configuration_manager.configuration["architecture"] = entry
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Resume from a checkpoint, with the architecture it was trained with."""
-        if not self.was_initialized:
-            self._resumed_architecture = fine_tuning.checkpoint_architecture(
+        """Resume from a checkpoint, with its architecture and its length unless told otherwise."""
+        is_fresh = not self.was_initialized  # not --val_best after the training
+        if is_fresh:
+            entry = fine_tuning.checkpoint_architecture(
                 filename_or_checkpoint, self.configuration_name
             )
+            self._resumed_architecture = deepcopy(entry)
+            if (told := checkpointing_setting()) is not None:
+                self._resumed_architecture["arch_kwargs"]["activation_checkpointing"] = told
+                self._say_once(f"Activation checkpointing is {'on' if told else 'off'}.")
+            self._settle_length(*fine_tuning.noted_length(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
+        if is_fresh:
+            fine_tuning.note_length(self.optimizer, self.num_epochs, self.num_iterations_per_epoch)
+
+    def _settle_length(self, done: int, epochs: int | None, iterations: int | None) -> None:
+        """Keep a checkpoint's epochs and iterations unless a variable tells others; log it."""
+        told = [count_setting(name) for name in ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS")]
+        self.num_epochs = told[0] or epochs or self.num_epochs
+        if told[1] is None and iterations not in (None, self.num_iterations_per_epoch):
+            self._set_iterations(iterations)
+        self._say_once(
+            f"The checkpoint has done {done} of {self.num_epochs} epochs of "
+            f"{self.num_iterations_per_epoch} iterations."
+        )
+        now = self.num_epochs, self.num_iterations_per_epoch
+        names = "MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS"
+        for name, number, before, asked in zip(names, now, (epochs, iterations), told, strict=True):
+            what = name.removeprefix("MEDDINOV3_").lower()
+            if before is None:
+                self._say_once(f"It does not say its number of {what}, which is now {number}.")
+            elif number != before:
+                rates = "; the learning rates follow it" if what == "epochs" else ""
+                self._say_once(f"{name}={asked} replaces its {before} {what}{rates}.")
+            elif asked is None:
+                self._say_once(f"Its {what} are kept, because {name} is unset.")
 
     @staticmethod
     def build_network_architecture(
@@ -165,6 +232,29 @@ class MedDINOv3Trainer(nnUNetTrainer):
             groups.append({"params": vit, "lr": self.vit_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay, betas=(0.9, 0.98))
         return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Train on a batch as nnU-Net does, but skip the step if loss or gradient is not finite.
+
+        Raises:
+            UserError: If ``skipped_steps_limit`` steps in a row were.
+        """
+        if self._step_guard is None:
+            return super().train_step(batch)
+        self._step_guard.batch = batch
+        output = super().train_step(batch)
+        self._step_guard.batch = {}  # which would keep its memory
+        return {**output, "skipped": True} if self._step_guard.skipped else output
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the mean loss of the steps that were done."""
+        done = [output for output in train_outputs if "skipped" not in output]
+        super().on_train_epoch_end(done or train_outputs)
+
+    def _say_once(self, sentence: str) -> None:
+        """Log what all ranks know."""
+        if self.local_rank == 0:
+            self.print_to_log_file(sentence)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         """Return nnU-Net's choice, with mirroring off where the recipe says so."""

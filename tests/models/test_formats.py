@@ -453,3 +453,28 @@ def test_the_base_of_rotary_periods_comes_from_a_hugging_face_config():
     parsed = parse_state_dict({k: v for k, v in state.items() if "rope" not in k}, "a file")
     read = checkpoint_from(parsed, "a file", config={"rope_theta": 50.0})
     torch.testing.assert_close(read.tensors["rope.periods"], expected)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "norm_eps"),
+    [
+        ("state_dict.model.", 1e-5),
+        ("state_dict.backbone.", 1e-5),
+        ("state_dict.model.backbone.", 1e-5),
+        ("state_dict.module.model.backbone.", 1e-5),
+        ("backbone.", 1e-6),
+        ("state_dict.teacher.backbone.", 1e-6),
+        ("model.teacher.backbone.", 1e-6),
+    ],
+)
+def test_the_epsilon_of_a_boxed_hub_model_is_the_hubs(prefix, norm_eps, state_dicts, tmp_path):
+    content = state_dicts.meta(state_dicts.random_backbone(), prefix)
+    path = state_dicts.write_pth(content, tmp_path, 1)
+    assert read_checkpoint(path).architecture.norm_eps == norm_eps
+
+
+def test_heads_beside_a_boxed_backbone_tell_a_training_checkpoint(state_dicts, tmp_path):
+    content = state_dicts.meta(state_dicts.random_backbone(), "state_dict.backbone.")
+    content["state_dict.dino_head.last_layer.weight"] = torch.zeros(8, 4)
+    path = state_dicts.write_pth(content, tmp_path, 1)
+    assert read_checkpoint(path).architecture.norm_eps == 1e-6
