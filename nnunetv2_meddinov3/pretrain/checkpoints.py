@@ -23,20 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.files import replacing
 from nnunetv2_meddinov3.pretrain.config import StageConfig, differences, from_yaml
+from nnunetv2_meddinov3.pretrain.run_folder import BAD_STEPS, CHECKPOINTS
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
-
-# in the folder of a stage
-EXPORT = "teacher.safetensors"
-EXPORTS = "exports"
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
-PROVENANCE = "run.json"
-BAD_STEPS = "bad_steps"
-HEALTH = "health.jsonl"
-PROBE = "probe.jsonl"
-REPORT = "report.html"
-# in the folder of a run that was stopped after a checkpoint and should be started again
-INTERRUPTED = "interrupted"
 
 FORMAT = 1
 STATE = "state.pt"
@@ -44,11 +32,6 @@ _STEP = re.compile(r"step_(\d{7,})")
 _VIEWS = ("global_crops", "local_crops", "masks", "gram_crops")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _WHOLE_IN = StateDictOptions(full_state_dict=True)
-
-
-def export_path(folder: Path, step: int) -> Path:
-    """Return where the teacher of a step is exported before the end of its stage."""
-    return folder / EXPORTS / f"teacher_step_{step:06d}.safetensors"
 
 
 class CheckpointFolder:

@@ -17,10 +17,9 @@ from nnunetv2_meddinov3.pretrain.config import (
     Head,
     Resolution,
     StageConfig,
-    check_world,
     effective_lr_factor,
 )
-from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
+from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
@@ -201,14 +200,12 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
     CPU it is of two images; elsewhere of one micro-batch.
 
     Args:
-        stages: Configs, with a store.
+        stages: Configs, checked by ``stages.check``.
         stream: Where to write, by the main process.
 
     Raises:
-        UserError: If a config does not fit the processes or the store.
+        UserError: If a config does not fit the store.
     """
-    for config in stages:
-        check_world(config, world_size())
     with started(stages[0].engine) as runtime:
         for config in stages:
             seconds, images, architecture = _time_a_step(config, runtime)

@@ -24,16 +24,12 @@ from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import adapt_stem, backbone_from, resolve_source
 from nnunetv2_meddinov3.models.formats import listing, parse_state_dict
 from nnunetv2_meddinov3.models.weights import Checkpoint, checkpoint_from
-from nnunetv2_meddinov3.pretrain.checkpoints import (
-    EXPORT,
-    export_path,
-    read_state,
-    state_of,
-)
+from nnunetv2_meddinov3.pretrain.checkpoints import read_state, state_of
 from nnunetv2_meddinov3.pretrain.config import Head, StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.intensity import check_same_contract
+from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, export_path
 from nnunetv2_meddinov3.pretrain.student import StochasticOptions, Student
 
 OWN_LICENCE = "that of whoever trained them: the run started from random weights"

@@ -39,18 +39,22 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
-    # Imported here because `--help` need not wait for torch.
-    from nnunetv2_meddinov3.pretrain.dry_run import dry_run
-    from nnunetv2_meddinov3.pretrain.run import run, stages_of
+    # `--help` waits for none of these imports, a mistake in the command not for torch.
+    from nnunetv2_meddinov3.pretrain.stages import check, stages_of
 
     stages = stages_of(
         names, overrides, stage=arguments.stage, store=arguments.store, init=arguments.init
     )
+    if arguments.out is None and not arguments.dry_run:
+        raise UserError("pretraining needs a folder to write to: give --out DIR.")
+    check(stages, None if arguments.dry_run else arguments.out)
     if arguments.dry_run:
+        from nnunetv2_meddinov3.pretrain.dry_run import dry_run
+
         dry_run(stages, sys.stdout)
         return 0
-    if arguments.out is None:
-        raise UserError("pretraining needs a folder to write to: give --out DIR.")
+    from nnunetv2_meddinov3.pretrain.run import run
+
     return run(stages, arguments.out, sys.stderr)
 
 

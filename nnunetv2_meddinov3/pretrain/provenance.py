@@ -18,8 +18,8 @@ import torch
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.files import write_text
-from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, PROVENANCE
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
+from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, PROVENANCE
 from nnunetv2_meddinov3.store.reader import SliceStore
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
-from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, EXPORT, PROVENANCE, export_path
 from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
@@ -26,6 +25,13 @@ from nnunetv2_meddinov3.pretrain.networks import load_start
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
 from nnunetv2_meddinov3.pretrain.probe.callback import ProbeCallback
 from nnunetv2_meddinov3.pretrain.provenance import run_provenance, store_provenance
+from nnunetv2_meddinov3.pretrain.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    PROVENANCE,
+    export_path,
+)
 from nnunetv2_meddinov3.pretrain.schedules import schedules_of
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.signals import Stop
@@ -62,7 +68,7 @@ class Stage:
         # data, and the checkpoint to go on from
         store, rows = open_store(config)
         self.store = store_provenance(store, rows)
-        self.checkpoints = checkpoints.CheckpointFolder(folder / checkpoints.CHECKPOINTS)
+        self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)
         latest = self.checkpoints.latest()
         state = None if latest is None else checkpoints.read_state(latest)
         if state is not None:
