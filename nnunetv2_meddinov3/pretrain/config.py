@@ -41,6 +41,7 @@ REFERENCE_BATCH = 512  # the batch at which the learning rates of configs hold
 # Keys of configs written before: what they are called now, or the only value they could have.
 _RENAMED = {"data.values": "data.modalities", "data.part": "data.split"}
 _REMOVED = {"crops.global_crops": GLOBAL_CROPS, "losses.gram.remove_negatives": False}
+LEFT_TO_THE_WEIGHTS = ("qkv_bias", "norm_eps", "rope_dtype")  # keys of model that may be None
 # What must hold, by pydantic's type of an error.
 _MUST_BE = {
     "missing": "given",
@@ -99,8 +100,26 @@ def differences(before: StageConfig, now: StageConfig) -> list[str]:
     return [
         f"{key} is {b.get(key)} instead of {a.get(key)}"
         for key in sorted(a | b)
-        if a.get(key) != b.get(key) and not _may_change(key)
+        if a.get(key) != b.get(key) and not _may_change(key) and not _left_open(key, b)
     ]
+
+
+def with_architecture(config: StageConfig, architecture: dict[str, Any]) -> StageConfig:
+    """Return a config that states what was used where it left that to the weights.
+
+    Args:
+        config: Of a stage; it is left as it is.
+        architecture: Fields of ``models.Architecture`` by name.
+    """
+    used = {name: architecture[name] for name in LEFT_TO_THE_WEIGHTS}
+    model = config.model.model_copy(update=used)
+    return config.model_copy(update={"model": model})
+
+
+def _left_open(key: str, now: dict[str, Any]) -> bool:
+    """Return whether a config leaves a key to the weights, which a run before already read."""
+    section, _, name = key.partition(".")
+    return section == "model" and name in LEFT_TO_THE_WEIGHTS and now[key] is None
 
 
 def _may_change(key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from nnunetv2_meddinov3.pretrain.loader import open_store
 from nnunetv2_meddinov3.pretrain.provenance import write_provenance
 from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, INTERRUPTED, stage_folder
 from nnunetv2_meddinov3.pretrain.stages import is_finished
+from nnunetv2_meddinov3.pretrain.stated import check_stated
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
@@ -51,8 +53,9 @@ def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
                 continue
             previous = None if config.stage == 1 else stage_folder(out, config.stage - 1)
             stage = Stage(config, folder, runtime, previous=previous, stream=stream)
+            _check_later(stages[stages.index(config) + 1 :], stage)
             if runtime.is_main:
-                write_provenance(folder, to_yaml(config), runtime)
+                write_provenance(folder, to_yaml(stage.config), stage.provenance())
             if not stage.run(stop):
                 if runtime.is_main:
                     (out / INTERRUPTED).touch()
@@ -61,6 +64,20 @@ def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
                 )
                 return 128 + (stop.number or signal.SIGTERM)
     return 0
+
+
+def _check_later(stages: tuple[StageConfig, ...], stage: Stage) -> None:
+    """Refuse now, not days later, a stage that this one's networks will not fit.
+
+    Raises:
+        UserError: If a stage that goes on from this one states another ViT.
+    """
+    try:
+        for later in itertools.takewhile(lambda c: c.init.source == "previous", stages):
+            check_stated(stage.start.architecture, later, str(stage.folder), is_stage=True)
+    except UserError:
+        stage.observer.close()
+        raise
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
-from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
+from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml, with_architecture
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
 from nnunetv2_meddinov3.pretrain.export import export_backbone, whole_backbone
@@ -76,6 +76,7 @@ class Stage:
 
         # networks, optimiser, schedules
         self.start = load_start(config, previous, state)
+        self.config = config = with_architecture(config, self.start.architecture.to_dict())
         self.distillation = self.start.distillation.to(runtime.device)
         self.parallel = Parallel(self.distillation, config.engine, runtime)
         self.optimizer = build_optimizer(self.distillation.student, config.optim, runtime.device)
@@ -232,12 +233,14 @@ class Stage:
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs; every rank must call this."""
+        gram = self.distillation.gram_teacher  # its weights may have come from a file of its own
         return {
             "format": checkpoints.FORMAT,
             "stage": self.config.stage,
             "step": self.step,
             "config": to_yaml(self.config),
             "architecture": self.start.architecture.to_dict(),
+            "gram_architecture": gram and gram.backbone.architecture.to_dict(),
             "licence": self.start.licence,
             "base": self.start.base,
             "intensity": intensity_of(self.config),
@@ -250,6 +253,10 @@ class Stage:
             "precision": self.runtime.precision,
         }
 
+    def provenance(self) -> str:
+        """Return what ``run.json`` holds."""
+        return run_provenance(self.runtime, self.start.architecture, self.start.base)
+
     def save(self) -> None:
         """Write a checkpoint of the steps done so far and delete those that need not stay.
 
@@ -259,7 +266,7 @@ class Stage:
         state = self.state()
         if self.runtime.is_main:
             engine = self.config.engine
-            texts = {CONFIG: to_yaml(self.config), PROVENANCE: run_provenance(self.runtime)}
+            texts = {CONFIG: to_yaml(self.config), PROVENANCE: self.provenance()}
             self.checkpoints.save(self.step, state, texts)
             self.checkpoints.prune(engine.keep_last, engine.keep_every)
         self.runtime.barrier()
