@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,25 @@ def available() -> list[str]:
     return sorted(f"{size.stem}_{stage.stem}" for size in sizes for stage in stages)
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig:
+def load_config(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    prepare: Callable[[StageConfig], StageConfig] | None = None,
+) -> StageConfig:
     """Read a stage's config, apply changes and check the whole.
 
     Args:
         name_or_path: A shipped name such as ``vitb16_stage1``, or a YAML file; what it leaves out
             has the default of ``schema``.
         overrides: ``key=value``, such as ``optim.steps=500`` or ``data.modalities=[hu,windowed]``.
+        prepare: Changes what the file says, before the overrides do.
 
     Raises:
         UserError: If it does not exist, or a key, a type or a value is wrong.
     """
     values = _completed(_find(name_or_path))
+    if prepare is not None:
+        values = prepare(_checked(values, str(name_or_path))).model_dump()
     for override in overrides:
         _change(values, override, str(name_or_path))
     return _checked(values, str(name_or_path))

@@ -40,10 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
     # `--help` waits for none of these imports, a mistake in the command not for torch.
-    from nnunetv2_meddinov3.pretrain.stages import check, stages_of
+    from nnunetv2_meddinov3.pretrain.stages import check, next_command, stages_of
 
     stages = stages_of(
-        names, overrides, stage=arguments.stage, store=arguments.store, init=arguments.init
+        names,
+        overrides,
+        stage=arguments.stage,
+        store=arguments.store,
+        init=arguments.init,
+        steps=arguments.steps,
     )
     if arguments.out is None and not arguments.dry_run:
         raise UserError("pretraining needs a folder to write to: give --out DIR.")
@@ -55,14 +60,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from nnunetv2_meddinov3.pretrain.run import run
 
-    return run(stages, arguments.out, sys.stderr)
+    following = next_command(names, overrides, stages[-1], arguments.out, arguments.steps)
+    return run(stages, arguments.out, sys.stderr, following)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meddinov3 pretrain",
         usage="meddinov3 pretrain CONFIG [CONFIG ...] --store DIR --out DIR [--stage N] "
-        "[--init SOURCE] [--dry-run] [key=value ...]",
+        "[--steps N] [--init SOURCE] [--dry-run] [key=value ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("1", "2", "3", "all"),
         default="all",
         help="which stages of the configs to run. Default: all",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of each stage; warm-ups, exports, savings and the like follow. Default: as the "
+        "config says",
     )
     add(
         "--init",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,20 +18,26 @@ from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
 from nnunetv2_meddinov3.pretrain.loader import open_store
 from nnunetv2_meddinov3.pretrain.provenance import write_provenance
-from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, INTERRUPTED, stage_folder
+from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, INTERRUPTED, REPORT, stage_folder
 from nnunetv2_meddinov3.pretrain.stages import is_finished
 from nnunetv2_meddinov3.pretrain.stated import check_stated
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
+_LAST_STAGE = 3
+_FINE_TUNING = "nnUNetv2_train DATASET 2d_896 0 -tr MedDINOv3Trainer -p nnUNetMedDINOv3Plans"
 
-def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
+
+def run(
+    stages: tuple[StageConfig, ...], out: Path, stream: TextIO, following: str | None = None
+) -> int:
     """Run every stage that is not finished yet.
 
     Args:
         stages: Configs in the order of their stages, checked by ``stages.check``.
         out: Folder of the run; stage N writes to ``out/stageN``.
         stream: Where the main process says how far it is.
+        following: Command of the stage after them, if it is known.
 
     Returns:
         The exit code.
@@ -63,7 +70,27 @@ def run(stages: tuple[StageConfig, ...], out: Path, stream: TextIO) -> int:
                     runtime, stream, f"stopped by a signal; the same command goes on from {folder}"
                 )
                 return 128 + (stop.number or signal.SIGTERM)
+            is_last = config is stages[-1]
+            _say(runtime, stream, _at_the_end(folder, config.stage, is_last, following))
     return 0
+
+
+def _at_the_end(folder: Path, stage: int, is_last: bool, following: str | None) -> str:
+    """Return where the results of a stage are and what can be done next."""
+    teacher = (folder / EXPORT).absolute()
+    lines = [
+        f"stage {stage} is finished",
+        f"  teacher      {teacher}",
+        f"  report       {(folder / REPORT).absolute()}",
+    ]
+    if not is_last:
+        return "\n".join([*lines, "  next         the stage after it starts now"])
+    if stage < _LAST_STAGE:
+        lines.append(
+            f"  next stage   {following or f'the config of stage {stage + 1}, same --out'}"
+        )
+    lines.append(f"  fine-tuning  MEDDINOV3_WEIGHTS={shlex.quote(str(teacher))} {_FINE_TUNING}")
+    return "\n".join(lines)
 
 
 def _check_later(stages: tuple[StageConfig, ...], stage: Stage) -> None:

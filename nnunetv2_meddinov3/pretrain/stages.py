@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shlex
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
@@ -18,7 +19,14 @@ from nnunetv2_meddinov3.pretrain.config import (
     from_yaml,
     load_config,
 )
-from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, EXPORT, stage_folder
+from nnunetv2_meddinov3.pretrain.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    export_path,
+    stage_folder,
+)
+from nnunetv2_meddinov3.pretrain.shortened import with_steps
 from nnunetv2_meddinov3.store.reader import SliceStore
 
 _PREFIXES = ("stage1.", "stage2.", "stage3.")
@@ -31,6 +39,7 @@ def stages_of(
     stage: str = "all",
     store: str | None = None,
     init: str | None = None,
+    steps: int | None = None,
 ) -> tuple[StageConfig, ...]:
     """Read and check the configs that a command asks for.
 
@@ -40,6 +49,7 @@ def stages_of(
         stage: ``"1"``, ``"2"``, ``"3"`` or ``"all"``.
         store: Slice store, over that of the configs.
         init: Where the first stage starts, over its config.
+        steps: Of each stage; what else counts steps in the configs follows. None: as they say.
 
     Returns:
         Configs in the order of their stages.
@@ -56,8 +66,11 @@ def stages_of(
             )
     if store is not None:
         overrides = [*overrides, f"data.store={json.dumps(store)}"]
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps must be at least 1, got {steps}.")
     expanded = _expand(names)
-    numbers = [load_config(name).stage for name in expanded]
+    as_they_are = [load_config(name) for name in expanded]
+    numbers = [config.stage for config in as_they_are]
     if sorted(set(numbers)) != numbers:
         raise UserError(
             f"the configs must be of different stages in their order, got stages {numbers}: "
@@ -74,7 +87,11 @@ def stages_of(
         )
     if init is not None:
         overrides = [*overrides, f"stage{chosen[0][1]}.init.source={json.dumps(init)}"]
-    return tuple(_load(name, number, overrides) for name, number in chosen)
+    before = {config.stage + 1: config for config in as_they_are}
+    return tuple(
+        _load(name, number, overrides, steps, before.get(number) or _shipped_before(name))
+        for name, number in chosen
+    )
 
 
 def check(stages: tuple[StageConfig, ...], out: Path | None) -> None:
@@ -154,14 +171,83 @@ def _check_chain(stages: tuple[StageConfig, ...], out: Path) -> None:
                 f"holds no {EXPORT}: run that stage first (--stage all runs them in order), or "
                 "give --init."
             )
-        if gram.startswith("previous@") and source is not None:
-            step = int(gram.partition("@")[2])
-            if step not in source.engine.export_at or step > source.optim.steps:
-                raise UserError(
-                    f"losses.gram.teacher={gram} needs the teacher of stage {before} at step "
-                    f"{step}, but that stage exports at {list(source.engine.export_at)} of "
-                    f"{source.optim.steps} steps: set stage{before}.engine.export_at=[{step}]."
-                )
+        if gram.startswith("previous@"):
+            _check_export(stage_folder(out, before), int(gram.partition("@")[2]), config, source)
+
+
+def _check_export(folder: Path, step: int, config: StageConfig, source: StageConfig | None) -> None:
+    """Refuse a Gram teacher that the stage before neither exported nor will.
+
+    Args:
+        folder: Of the stage before.
+        step: At which its teacher is wanted.
+        config: Of the stage that wants it.
+        source: Of the stage before, None if it is not run now.
+
+    Raises:
+        UserError: With what can be set, and where, to go on.
+    """
+    if export_path(folder, step).is_file():
+        return
+    before, key = config.stage - 1, f"stage{config.stage}.losses.gram.teacher"
+    needs = f"{key}=previous@{step} needs the teacher of stage {before} at step {step}, but"
+    done = _steps_done(folder)
+    if source is None or (folder / EXPORT).is_file() or done >= step:
+        found = sorted(
+            int(path.stem.rpartition("_")[2])
+            for path in export_path(folder, 0).parent.glob("teacher_step_*")
+        )
+        there = f"it exported those of steps {found}" if found else "it exported none"
+        choices = [*(f"previous@{n}" for n in found), "previous (that of its end)"]
+        raise UserError(
+            f"{needs} it is past that step and {there}: set {key} to {' or '.join(choices)}."
+        )
+    steps, exports = source.optim.steps, source.engine.export_at
+    says = f"{needs} that stage exports at {list(exports)} of {steps} steps:"
+    if step > steps:
+        possible = [n for n in exports if done < n <= steps] or [max(done + 1, steps // 5)]
+        raise UserError(
+            f"{says} set stage{before}.engine.export_at=[{possible[0]}] and "
+            f"{key}=previous@{possible[0]}, or give --steps {steps} instead of optim.steps."
+        )
+    if step not in exports:
+        both = sorted({*(n for n in exports if n <= steps), step})
+        listed = ",".join(map(str, both))
+        raise UserError(f"{says} set stage{before}.engine.export_at=[{listed}].")
+
+
+def _steps_done(folder: Path) -> int:
+    """Return the step of the last checkpoint of a stage, 0 without one."""
+    names = (path.name for path in (folder / CHECKPOINTS).glob("step_*"))
+    return max((int(n) for name in names if (n := name.partition("_")[2]).isdigit()), default=0)
+
+
+def next_command(
+    names: list[str], changes: list[str], last: StageConfig, out: Path, steps: int | None
+) -> str | None:
+    """Return the command for the stage after the last of a run.
+
+    Args:
+        names: The configs as they were given.
+        changes: ``key=value`` as given.
+        last: Config of the last stage that ran.
+        out: Folder of the run.
+        steps: ``--steps`` as given.
+
+    Returns:
+        None after stage 3, and where the configs are the user's own files.
+    """
+    sizes = {name.partition("_stage")[0] for name in names}
+    if last.stage == 3 or len(sizes) != 1 or not sizes <= set(families()):
+        return None
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = (
+        f"torchrun --nproc-per-node {local} -m nnunetv2_meddinov3" if world_size() > 1 else ""
+    )
+    words = [*(launcher or "meddinov3").split(), "pretrain", *sizes, "--stage", str(last.stage + 1)]
+    words += ["--store", str(last.data.store), "--out", str(out)]
+    words += ["--steps", str(steps)] if steps is not None else []
+    return shlex.join([*words, *changes])
 
 
 def _expand(names: list[str]) -> list[str]:
@@ -186,7 +272,19 @@ def families() -> list[str]:
     return sorted({name.partition("_stage")[0] for name in available()})
 
 
-def _load(name: str, number: int, overrides: list[str]) -> StageConfig:
+def _shipped_before(name: str) -> StageConfig | None:
+    """Return the config before a shipped one, None for the first of a size and for a file."""
+    shipped = available()  # sorted, so that the stages of a size are in order
+    place = shipped.index(name) if name in shipped else 0
+    size = name.partition("_stage")[0]
+    if place == 0 or not shipped[place - 1].startswith(f"{size}_stage"):
+        return None
+    return load_config(shipped[place - 1])
+
+
+def _load(
+    name: str, number: int, overrides: list[str], steps: int | None, before: StageConfig | None
+) -> StageConfig:
     """Read a config with the changes that are meant for its stage."""
     own = f"stage{number}."
     mine = [
@@ -194,4 +292,6 @@ def _load(name: str, number: int, overrides: list[str]) -> StageConfig:
         for override in overrides
         if override.startswith(own) or not override.startswith(_PREFIXES)
     ]
-    return load_config(name, mine)
+    if steps is None:
+        return load_config(name, mine)
+    return load_config(name, mine, lambda config: with_steps(config, steps, before))

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,27 @@ def test_the_gram_teacher_is_retained_by_the_third_stage(three_stages):
             if k.startswith("gram_teacher.")
         }
         assert all(torch.equal(own[k], t) for k, t in wanted.items())
+
+
+@pytest.mark.slow
+def test_a_short_run_needs_one_option_and_each_stage_says_what_is_next(ct_store, tmp_path, capsys):
+    small = ["crops.resolutions.0.global_size=96", "optim.batch_size=8", "data.workers=0"]
+    out = tmp_path / "my run"
+    words = ["--store", ct_store, "--out", out, "--steps", "2", *small]
+    assert pretrain("tiny", "--stage", "1", *words) == 0
+    said = capsys.readouterr().err
+    assert f"teacher      {out}/stage1/teacher.safetensors" in said
+    assert f"report       {out}/stage1/report.html" in said
+    assert f"MEDDINOV3_WEIGHTS='{out}/stage1/teacher.safetensors' nnUNetv2_train" in said
+    (line,) = [line for line in said.splitlines() if "next stage" in line]
+    verb, *again = shlex.split(line)[2:]  # followed as it is
+    assert (verb, again[:4]) == ("meddinov3", ["pretrain", "tiny", "--stage", "2"])
+    assert main(again) == 0
+    assert "--stage 3" in capsys.readouterr().err
+    assert pretrain("tiny", *words) == 0
+    said = capsys.readouterr().err
+    assert "next stage" not in said
+    assert f"MEDDINOV3_WEIGHTS='{out}/stage3/teacher.safetensors'" in said
 
 
 def test_a_finished_run_is_left_alone(three_stages, capsys):
