@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -146,6 +147,25 @@ def is_leftover(part: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing can be written, without leaving anything there.
+
+    Args:
+        folder: May be missing; then the nearest folder above it is tried.
+
+    Raises:
+        UserError: If it cannot be made or written to.
+    """
+    nearest = folder.absolute()
+    try:
+        while not os.path.lexists(nearest) and nearest != nearest.parent:
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

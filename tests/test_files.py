@@ -303,6 +303,21 @@ def test_a_home_is_expanded(tmp_path, monkeypatch):
     assert files.existing("~/file") == tmp_path / "file"
 
 
+def test_a_folder_that_can_be_written_or_made_is_left_as_it_was(tmp_path):
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "new/below"):
+        files.check_writable(folder)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/below", "broken"):
+        with pytest.raises(UserError, match="must be writable") as caught:
+            files.check_writable(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
 def test_rows_are_read_as_written_and_a_torn_line_is_left_out(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert files.read_rows(path) == []

@@ -18,7 +18,7 @@ MAX_LINES = 400
 
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
-SHARED = {"errors", "files", "progress", "html", "signals", "raw_dataset", "settings"}
+SHARED = {"errors", "files", "locks", "progress", "html", "signals", "raw_dataset", "settings"}
 NNUNET_SIDE = {"trainers", "fine_tuning", "folds", "step_guard", "planning", "planning_cli"}
 NNUNET_SIDE |= {"preprocessed", "unet"}  # parts of planning
 MAY_IMPORT = {

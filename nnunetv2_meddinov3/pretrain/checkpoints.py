@@ -22,21 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.files import replacing
-from nnunetv2_meddinov3.pretrain.config import StageConfig, differences, from_yaml
+from nnunetv2_meddinov3.pretrain.config import (
+    StageConfig,
+    differences,
+    from_yaml,
+    with_architecture,
+)
+from nnunetv2_meddinov3.pretrain.run_folder import BAD_STEPS, CHECKPOINTS
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
-
-# in the folder of a stage
-EXPORT = "teacher.safetensors"
-EXPORTS = "exports"
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
-PROVENANCE = "run.json"
-BAD_STEPS = "bad_steps"
-HEALTH = "health.jsonl"
-PROBE = "probe.jsonl"
-REPORT = "report.html"
-# in the folder of a run that was stopped after a checkpoint and should be started again
-INTERRUPTED = "interrupted"
 
 FORMAT = 1
 STATE = "state.pt"
@@ -44,11 +37,6 @@ _STEP = re.compile(r"step_(\d{7,})")
 _VIEWS = ("global_crops", "local_crops", "masks", "gram_crops")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _WHOLE_IN = StateDictOptions(full_state_dict=True)
-
-
-def export_path(folder: Path, step: int) -> Path:
-    """Return where the teacher of a step is exported before the end of its stage."""
-    return folder / EXPORTS / f"teacher_step_{step:06d}.safetensors"
 
 
 class CheckpointFolder:
@@ -180,17 +168,19 @@ def check_same_run(
     Raises:
         UserError: If anything that changes results differs.
     """
-    changed = differences(from_yaml(state["config"]), config)
-    if changed:
+    before = from_yaml(state["config"])
+    # what was used; earlier versions also saved what the weights had overruled
+    used = with_architecture(before, state["architecture"])
+    if (changed := differences(used, config)) and differences(before, config):
         raise UserError(
             f"{folder} must be continued with the config it was started with, but "
             f"{'; '.join(changed[:3])}: give the same values, or another --out."
         )
-    before = state.get("precision", precision)  # which earlier versions did not note
-    if before != precision:
+    computed = state.get("precision", precision)  # which earlier versions did not note
+    if computed != precision:
         raise UserError(
-            f"{folder} must be continued in {before}, in which it was started, but this device "
-            f"computes in {precision}: set engine.precision={before}, or give another --out."
+            f"{folder} must be continued in {computed}, in which it was started, but this device "
+            f"computes in {precision}: set engine.precision={computed}, or give another --out."
         )
     if state["store"]["records_sha256"] != store["records_sha256"]:
         raise UserError(

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ REFERENCE_BATCH = 512  # the batch at which the learning rates of configs hold
 # Keys of configs written before: what they are called now, or the only value they could have.
 _RENAMED = {"data.values": "data.modalities", "data.part": "data.split"}
 _REMOVED = {"crops.global_crops": GLOBAL_CROPS, "losses.gram.remove_negatives": False}
+LEFT_TO_THE_WEIGHTS = ("qkv_bias", "norm_eps", "rope_dtype")  # keys of model that may be None
 # What must hold, by pydantic's type of an error.
 _MUST_BE = {
     "missing": "given",
@@ -65,18 +66,25 @@ def available() -> list[str]:
     return sorted(f"{size.stem}_{stage.stem}" for size in sizes for stage in stages)
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig:
+def load_config(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    prepare: Callable[[StageConfig], StageConfig] | None = None,
+) -> StageConfig:
     """Read a stage's config, apply changes and check the whole.
 
     Args:
         name_or_path: A shipped name such as ``vitb16_stage1``, or a YAML file; what it leaves out
             has the default of ``schema``.
         overrides: ``key=value``, such as ``optim.steps=500`` or ``data.modalities=[hu,windowed]``.
+        prepare: Changes what the file says, before the overrides do.
 
     Raises:
         UserError: If it does not exist, or a key, a type or a value is wrong.
     """
     values = _completed(_find(name_or_path))
+    if prepare is not None:
+        values = prepare(_checked(values, str(name_or_path))).model_dump()
     for override in overrides:
         _change(values, override, str(name_or_path))
     return _checked(values, str(name_or_path))
@@ -103,8 +111,26 @@ def differences(before: StageConfig, now: StageConfig) -> list[str]:
     return [
         f"{key} is {b.get(key)} instead of {a.get(key)}"
         for key in sorted(a | b)
-        if a.get(key) != b.get(key) and not _may_change(key)
+        if a.get(key) != b.get(key) and not _may_change(key) and not _left_open(key, b)
     ]
+
+
+def with_architecture(config: StageConfig, architecture: dict[str, Any]) -> StageConfig:
+    """Return a config that states what was used where it left that to the weights.
+
+    Args:
+        config: Of a stage; it is left as it is.
+        architecture: Fields of ``models.Architecture`` by name.
+    """
+    used = {name: architecture[name] for name in LEFT_TO_THE_WEIGHTS}
+    model = config.model.model_copy(update=used)
+    return config.model_copy(update={"model": model})
+
+
+def _left_open(key: str, now: dict[str, Any]) -> bool:
+    """Return whether a config leaves a key to the weights, which a run before already read."""
+    section, _, name = key.partition(".")
+    return section == "model" and name in LEFT_TO_THE_WEIGHTS and now[key] is None
 
 
 def _may_change(key: str) -> bool:

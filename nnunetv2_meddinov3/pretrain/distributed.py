@@ -22,6 +22,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.precision import has_bf16
 from nnunetv2_meddinov3.pretrain.config import Engine
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
+from nnunetv2_meddinov3.pretrain.stages import world_size
 from nnunetv2_meddinov3.pretrain.student import GramTeacher, Student
 
 _LOST_RANK_AFTER = timedelta(minutes=30)  # saving, probing and compiling keep the others waiting
@@ -61,11 +62,6 @@ class Runtime:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager

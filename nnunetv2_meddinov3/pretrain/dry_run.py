@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,10 +18,9 @@ from nnunetv2_meddinov3.pretrain.config import (
     Head,
     Resolution,
     StageConfig,
-    check_world,
     effective_lr_factor,
 )
-from nnunetv2_meddinov3.pretrain.distributed import Runtime, started, world_size
+from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
@@ -146,8 +146,24 @@ def memory_gb(config: StageConfig, a: Architecture, images: int, is_bf16: bool) 
     }
 
 
-def describe(config: StageConfig, a: Architecture, runtime: Runtime) -> str:
-    """Return crops, grids, parameters, operations and memory of a stage as text."""
+def resident_gb() -> float:
+    """Return the main memory that this process holds, in GB; 0 where the system keeps quiet."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def describe(config: StageConfig, a: Architecture, runtime: Runtime, process_gb: float = 0) -> str:
+    """Return crops, grids, parameters, operations and memory of a stage as text.
+
+    Args:
+        config: Of the stage.
+        a: Of the backbone.
+        runtime: This process.
+        process_gb: Memory beside what is counted: the process itself, on the CPU.
+    """
     optim, engine, crops = config.optim, config.engine, config.crops
     per_rank = optim.batch_size // runtime.world_size
     at_once = engine.micro_batch or per_rank
@@ -177,6 +193,8 @@ def describe(config: StageConfig, a: Architecture, runtime: Runtime) -> str:
         f"{heads[0] / 1e6:.1f} M and {heads[1] / 1e6:.1f} M"
     )
     memory = memory_gb(config, a, at_once, runtime.precision == "bf16")
+    if process_gb:
+        memory = {"process": process_gb, **memory}
     parts = ", ".join(f"{name} {value:.1f}" for name, value in memory.items())
     lines.append(
         f"  memory of a process    about {sum(memory.values()):.1f} GB ({parts}; counted without "
@@ -201,27 +219,38 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
     CPU it is of two images; elsewhere of one micro-batch.
 
     Args:
-        stages: Configs, with a store.
+        stages: Configs, checked by ``stages.check``.
         stream: Where to write, by the main process.
 
     Raises:
-        UserError: If a config does not fit the processes or the store.
+        UserError: If a config does not fit the store.
     """
-    for config in stages:
-        check_world(config, world_size())
     with started(stages[0].engine) as runtime:
+        base = resident_gb()  # Python, torch and the other libraries
         for config in stages:
             seconds, images, architecture = _time_a_step(config, runtime)
+            process = 0.0
+            if runtime.device.type == "cpu":  # what the step left there, less what is counted
+                small = memory_gb(config, architecture, images, runtime.precision == "bf16")
+                process = max(base, resident_gb() - sum(small.values()))
             whole = seconds * config.optim.batch_size / images
-            hours = whole * config.optim.steps / 3600
+            time_of_all = in_words(whole * config.optim.steps)
             if runtime.is_main:
                 stream.write(
-                    f"{describe(config, architecture, runtime)}\n"
+                    f"{describe(config, architecture, runtime, process)}\n"
                     f"  one step               {seconds:.2f} s for {images} images on "
-                    f"{runtime.device.type}: {images / seconds:.1f} images/s, about {hours:.3g} h "
+                    f"{runtime.device.type}: {images / seconds:.1f} images/s, about {time_of_all} "
                     f"for {config.optim.steps} steps of {config.optim.batch_size}\n\n"
                 )
                 stream.flush()
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in the unit in which it is a small number, such as ``11 min``."""
+    for unit, length, up_to in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if (value := seconds / length) < up_to:
+            return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def _time_a_step(config: StageConfig, runtime: Runtime) -> tuple[float, int, Architecture]:

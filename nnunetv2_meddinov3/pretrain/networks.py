@@ -14,26 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.models.architecture import (
-    SIZE_FIELDS,
-    Architecture,
-    architecture_of,
-    differences,
-)
+from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import adapt_stem, backbone_from, resolve_source
 from nnunetv2_meddinov3.models.formats import listing, parse_state_dict
 from nnunetv2_meddinov3.models.weights import Checkpoint, checkpoint_from
-from nnunetv2_meddinov3.pretrain.checkpoints import (
-    EXPORT,
-    export_path,
-    read_state,
-    state_of,
-)
+from nnunetv2_meddinov3.pretrain.checkpoints import read_state, state_of
 from nnunetv2_meddinov3.pretrain.config import Head, StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation, LossOptions
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.intensity import check_same_contract
+from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, export_path
+from nnunetv2_meddinov3.pretrain.stated import (
+    UNSEEN,
+    applied,
+    check_size,
+    check_stated,
+    of_random_weights,
+)
 from nnunetv2_meddinov3.pretrain.student import StochasticOptions, Student
 
 OWN_LICENCE = "that of whoever trained them: the run started from random weights"
@@ -108,7 +106,9 @@ def _of_sizes(config: StageConfig, state: State) -> Start:
     student, teacher = (_with_fresh_heads(_random(architecture), config) for _ in range(2))
     options = _loss_options(config)
     needs_gram = options.gram and not options.gram_from_teacher
-    gram_teacher = _random(architecture) if needs_gram else None
+    # states of earlier versions do not say: they built the Gram teacher like the student
+    of_gram = Architecture(**(state.get("gram_architecture") or state["architecture"]))
+    gram_teacher = _random(of_gram) if needs_gram else None
     distillation = _prepared(config, student, teacher, gram_teacher)
     return Start(distillation, architecture, state["licence"], state["base"])
 
@@ -141,18 +141,11 @@ def _loss_options(config: StageConfig) -> LossOptions:
 def _from_weights(config: StageConfig, source: str) -> _Branches:
     """Random or pretrained weights without heads: the teacher starts as the student's copy."""
     if source.lower() == _NO_WEIGHTS:
-        model = config.model
-        architecture = architecture_of(
-            model.size,
-            qkv_bias=model.qkv_bias,
-            norm_eps=model.norm_eps,
-            rope_dtype=model.rope_dtype,
-            input_channels=model.input_channels,
-        )
-        student = _with_fresh_heads(_random(architecture), config)
+        student = _with_fresh_heads(_random(of_random_weights(config)), config)
         return _Branches(student, copy.deepcopy(student), OWN_LICENCE, "random weights")
-    checkpoint = resolve_source(source)
+    checkpoint = resolve_source(source, **applied(config))
     check_same_contract(checkpoint.metadata, config, source)
+    check_stated(checkpoint.architecture, config, source)
     student = _with_fresh_heads(_fitted(checkpoint, config, source), config)
     base = checkpoint.metadata.get("base", source)
     return _Branches(student, copy.deepcopy(student), checkpoint.licence, base)
@@ -161,14 +154,14 @@ def _from_weights(config: StageConfig, source: str) -> _Branches:
 def _from_state(config: StageConfig, state: State, source: str) -> _Branches:
     """An earlier stage's networks with their heads."""
     check_same_contract({"intensity": state["intensity"]}, config, source)
-    overrides = {k: state["architecture"][k] for k in ("norm_eps", "rope_dtype", "layer_scale")}
+    overrides = {k: state["architecture"][k] for k in UNSEEN} | applied(config)
     teacher = student_of(state["model"], "teacher", source, **overrides)
     student = (
         student_of(state["model"], "student", source, **overrides)
         if config.init.student == "student"
         else copy.deepcopy(teacher)
     )
-    _check_size(student.backbone.architecture, config, source)
+    check_stated(student.backbone.architecture, config, source, is_stage=True)
     _check_heads(student, config, source)
     optimizer = state["optimizer"] if config.init.optimizer else None
     return _Branches(student, teacher, state["licence"], state["base"], optimizer)
@@ -191,7 +184,7 @@ def _gram_teacher(
     Raises:
         UserError: If its source is missing or does not fit.
     """
-    gram, architecture = config.losses.gram, teacher.architecture
+    gram = config.losses.gram
     if gram.weight is None or gram.teacher == "ema":
         return None
     if gram.teacher == "init":
@@ -201,14 +194,16 @@ def _gram_teacher(
         return _fitted(checkpoint, config, f"the Gram teacher {gram.teacher}")
     if previous is None or (path := state_of(previous)) is None:
         raise UserError("losses.gram.teacher=retained needs an earlier stage with a Gram teacher.")
-    tensors = read(path.resolve())["model"]
+    state = read(path.resolve())
+    tensors = state["model"]
     if not any(name.startswith("gram_teacher.") for name in tensors):
         raise UserError(
             f"losses.gram.teacher=retained needs the Gram teacher of {previous}, which had none: "
             "set it to previous, init or a file."
         )
-    same = {"norm_eps": architecture.norm_eps, "rope_dtype": architecture.rope_dtype}
-    checkpoint = _backbone_of(tensors, "gram_teacher", str(path), **same)
+    of_gram = state.get("gram_architecture") or state["architecture"]
+    overrides = {k: of_gram[k] for k in UNSEEN}
+    checkpoint = _backbone_of(tensors, "gram_teacher", str(path), **overrides)
     return _fitted(checkpoint, config, "the Gram teacher retained")
 
 
@@ -325,7 +320,7 @@ def _fitted(checkpoint: Checkpoint, config: StageConfig, source: str) -> Backbon
     Raises:
         UserError: If it is of another size than the config's.
     """
-    _check_size(checkpoint.architecture, config, source)
+    check_size(checkpoint.architecture, config, source)
     channels = config.model.input_channels
     if checkpoint.architecture.input_channels != channels:
         stem = adapt_stem(checkpoint.tensors[_STEM], channels, channels)
@@ -335,22 +330,6 @@ def _fitted(checkpoint: Checkpoint, config: StageConfig, source: str) -> Backbon
             architecture=replace(checkpoint.architecture, input_channels=channels),
         )
     return _with_mask_token(backbone_from(checkpoint))
-
-
-def _check_size(found: Architecture, config: StageConfig, source: str) -> None:
-    """Refuse weights of another size than ``model.size``.
-
-    Raises:
-        UserError: With what differs.
-    """
-    wanted = architecture_of(config.model.size)
-    differ = differences(found, wanted, (*SIZE_FIELDS, "patch_size"))
-    if differ:
-        said = [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in differ.items()]
-        raise UserError(
-            f"the weights must be a {config.model.size} as model.size says, but {source} has "
-            f"{', '.join(said)}: take the config of its size, or other weights."
-        )
 
 
 def _check_heads(student: Student, config: StageConfig, source: str) -> None:

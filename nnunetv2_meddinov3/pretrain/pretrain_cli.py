@@ -39,26 +39,37 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
-    # Imported here because `--help` need not wait for torch.
-    from nnunetv2_meddinov3.pretrain.dry_run import dry_run
-    from nnunetv2_meddinov3.pretrain.run import run, stages_of
+    # `--help` waits for none of these imports, a mistake in the command not for torch.
+    from nnunetv2_meddinov3.pretrain.stages import check, next_command, settled, stages_of
 
     stages = stages_of(
-        names, overrides, stage=arguments.stage, store=arguments.store, init=arguments.init
+        names,
+        overrides,
+        stage=arguments.stage,
+        store=arguments.store,
+        init=arguments.init,
+        steps=arguments.steps,
     )
+    if arguments.out is None and not arguments.dry_run:
+        raise UserError("pretraining needs a folder to write to: give --out DIR.")
+    stages = settled(stages, None if arguments.dry_run else arguments.out)
+    check(stages, None if arguments.dry_run else arguments.out)
     if arguments.dry_run:
+        from nnunetv2_meddinov3.pretrain.dry_run import dry_run
+
         dry_run(stages, sys.stdout)
         return 0
-    if arguments.out is None:
-        raise UserError("pretraining needs a folder to write to: give --out DIR.")
-    return run(stages, arguments.out, sys.stderr)
+    from nnunetv2_meddinov3.pretrain.run import run
+
+    following = next_command(names, overrides, stages[-1], arguments.out, arguments.steps)
+    return run(stages, arguments.out, sys.stderr, following)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meddinov3 pretrain",
         usage="meddinov3 pretrain CONFIG [CONFIG ...] --store DIR --out DIR [--stage N] "
-        "[--init SOURCE] [--dry-run] [key=value ...]",
+        "[--steps N] [--init SOURCE] [--dry-run] [key=value ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("1", "2", "3", "all"),
         default="all",
         help="which stages of the configs to run. Default: all",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of each stage; warm-ups, exports, savings and the like follow. Default: as the "
+        "config says",
     )
     add(
         "--init",

@@ -18,8 +18,9 @@ import torch
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.files import write_text
-from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, PROVENANCE
+from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
+from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, PROVENANCE
 from nnunetv2_meddinov3.store.reader import SliceStore
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -75,8 +76,14 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def run_provenance(runtime: Runtime) -> str:
-    """Return what ``run.json`` holds."""
+def run_provenance(runtime: Runtime, architecture: Architecture, base: str) -> str:
+    """Return what ``run.json`` holds.
+
+    Args:
+        runtime: This process.
+        architecture: Of the backbone that is trained.
+        base: What the first stage started from.
+    """
     device = runtime.device
     facts = {
         "command": sys.argv,
@@ -85,19 +92,26 @@ def run_provenance(runtime: Runtime) -> str:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "world_size": runtime.world_size,
         "precision": runtime.precision,
+        "architecture": architecture.to_dict(),
+        "base": base,
     }
     return json.dumps(facts, indent=1) + "\n"
 
 
-def write_provenance(folder: Path, config_yaml: str, runtime: Runtime) -> None:
+def write_provenance(folder: Path, config_yaml: str, provenance: str) -> None:
     """Write ``config.yaml`` and ``run.json`` of a stage.
+
+    Args:
+        folder: Of the stage.
+        config_yaml: What the first holds.
+        provenance: What ``run_provenance`` returned.
 
     Raises:
         UserError: If they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, config_yaml)
-    write_text(folder / PROVENANCE, run_provenance(runtime))
+    write_text(folder / PROVENANCE, provenance)
 
 
 def store_provenance(store: SliceStore, rows: np.ndarray) -> dict[str, Any]:

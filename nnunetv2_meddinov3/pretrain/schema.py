@@ -96,13 +96,18 @@ def _constant(value: float) -> Schedule:
 
 
 class Model(Section):
-    """The ViT. With pretrained weights the architecture is theirs; this is for fresh ones."""
+    """The ViT.
+
+    ``size`` must be that of the weights. What is None is as the weights say, and as named beside it
+    for random ones; the config that a run saves has the values it used. A stated ``qkv_bias`` must
+    be that of the weights, a stated ``norm_eps`` or ``rope_dtype`` is used in place of theirs.
+    """
 
     size: Annotated[str, AfterValidator(_size)] = "vit_base"
     input_channels: Literal[1, 3] = 3  # one slice is repeated; 1 sums a pretrained stem's kernels
-    qkv_bias: bool = True
-    norm_eps: Positive = 1e-6
-    rope_dtype: Literal["fp32", "bf16"] = "fp32"
+    qkv_bias: bool | None = None  # random: true
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None  # random: 1e-6
+    rope_dtype: Literal["fp32", "bf16"] | None = None  # random: fp32
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of images that skip a branch
     rope_shift: float | None = None  # add U(-s, s) to each axis
     rope_jitter: float | None = None  # multiply each axis by exp(U(-ln j, ln j))

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
-from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, EXPORT, PROVENANCE, export_path
-from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
+from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml, with_architecture
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
 from nnunetv2_meddinov3.pretrain.export import export_backbone, whole_backbone
@@ -26,6 +25,13 @@ from nnunetv2_meddinov3.pretrain.networks import load_start
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
 from nnunetv2_meddinov3.pretrain.probe.callback import ProbeCallback
 from nnunetv2_meddinov3.pretrain.provenance import run_provenance, store_provenance
+from nnunetv2_meddinov3.pretrain.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    PROVENANCE,
+    export_path,
+)
 from nnunetv2_meddinov3.pretrain.schedules import schedules_of
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.signals import Stop
@@ -62,7 +68,7 @@ class Stage:
         # data, and the checkpoint to go on from
         store, rows = open_store(config)
         self.store = store_provenance(store, rows)
-        self.checkpoints = checkpoints.CheckpointFolder(folder / checkpoints.CHECKPOINTS)
+        self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)
         latest = self.checkpoints.latest()
         state = None if latest is None else checkpoints.read_state(latest)
         if state is not None:
@@ -70,6 +76,7 @@ class Stage:
 
         # networks, optimiser, schedules
         self.start = load_start(config, previous, state)
+        self.config = config = with_architecture(config, self.start.architecture.to_dict())
         self.distillation = self.start.distillation.to(runtime.device)
         self.parallel = Parallel(self.distillation, config.engine, runtime)
         self.optimizer = build_optimizer(self.distillation.student, config.optim, runtime.device)
@@ -226,12 +233,14 @@ class Stage:
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs; every rank must call this."""
+        gram = self.distillation.gram_teacher  # its weights may have come from a file of its own
         return {
             "format": checkpoints.FORMAT,
             "stage": self.config.stage,
             "step": self.step,
             "config": to_yaml(self.config),
             "architecture": self.start.architecture.to_dict(),
+            "gram_architecture": gram and gram.backbone.architecture.to_dict(),
             "licence": self.start.licence,
             "base": self.start.base,
             "intensity": intensity_of(self.config),
@@ -244,6 +253,10 @@ class Stage:
             "precision": self.runtime.precision,
         }
 
+    def provenance(self) -> str:
+        """Return what ``run.json`` holds."""
+        return run_provenance(self.runtime, self.start.architecture, self.start.base)
+
     def save(self) -> None:
         """Write a checkpoint of the steps done so far and delete those that need not stay.
 
@@ -253,7 +266,7 @@ class Stage:
         state = self.state()
         if self.runtime.is_main:
             engine = self.config.engine
-            texts = {CONFIG: to_yaml(self.config), PROVENANCE: run_provenance(self.runtime)}
+            texts = {CONFIG: to_yaml(self.config), PROVENANCE: self.provenance()}
             self.checkpoints.save(self.step, state, texts)
             self.checkpoints.prune(engine.keep_last, engine.keep_every)
         self.runtime.barrier()

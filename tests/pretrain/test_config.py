@@ -236,7 +236,10 @@ def test_a_config_of_an_earlier_version_still_loads(tmp_path):
     assert "part: train" in before
     wanted = load_config(
         "tiny_stage2_gram",
-        ["data.split=train", "data.modalities=[hu,mr]", "data.store=somewhere"],
+        [
+            *("data.split=train", "data.modalities=[hu,mr]", "data.store=somewhere"),
+            *("model.qkv_bias=true", "model.norm_eps=1e-6", "model.rope_dtype=fp32"),
+        ],
     )
     of_a_run = from_yaml(before)
     assert of_a_run.data.near_excluded is True  # as its slices were before the key existed

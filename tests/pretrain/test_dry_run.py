@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,6 +14,8 @@ from nnunetv2_meddinov3.pretrain import dry_run
 from nnunetv2_meddinov3.pretrain.config import Head, Resolution, load_config
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.student import encode, pack_blocks
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,66 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(size):
         )
     counted = dry_run.memory_gb(config, a, images, is_bf16=False)["activations"] * 1e9
     assert counted == pytest.approx(sum(kept.values()), rel=0.25)
+
+
+_USE = """
+import io, re, sys, tempfile
+from pathlib import Path
+from nnunetv2_meddinov3.pretrain.config import load_config
+from nnunetv2_meddinov3.pretrain.distributed import started
+from nnunetv2_meddinov3.pretrain.dry_run import dry_run, resident_gb
+from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.signals import Stop
+config = load_config("tiny_stage1", [f"data.store={sys.argv[1]}", "optim.steps=3",
+    "optim.lr.warmup_steps=0", "engine.health_every=9", "engine.device=cpu", "data.workers=0"])
+if sys.argv[2] == "said":
+    stream = io.StringIO()
+    dry_run((config,), stream)
+    print(re.search(r"memory of a process +about ([0-9.]+) GB", stream.getvalue())[1])
+else:
+    with started(config.engine) as runtime, tempfile.TemporaryDirectory() as folder:
+        stage = Stage(config, Path(folder) / "stage1", runtime, previous=None, stream=None)
+        batches = stage.loader.iterate(0)
+        for _ in range(3):
+            stage.one_step(next(batches), Stop())
+            stage.step += 1
+        print(resident_gb())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_the_memory_that_is_said_is_about_what_the_tiny_preset_uses_on_a_cpu(ct_store):
+    said, used = (
+        float(
+            subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", _USE, str(ct_store), what],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()[-1]
+        )
+        for what in ("said", "used")
+    )
+    assert said == pytest.approx(used, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.42, "0.42 s"),
+        (42, "42 s"),
+        (100, "1.7 min"),
+        (666, "11 min"),
+        (5399, "90 min"),
+        (9000, "2.5 h"),
+        (100_000, "28 h"),
+        (864_000, "10.0 days"),
+    ],
+)
+def test_a_time_is_said_in_a_unit_in_which_it_is_a_small_number(seconds, words):
+    assert dry_run.in_words(seconds) == words
 
 
 def test_recomputing_activations_saves_memory_and_more_images_need_more():

@@ -13,6 +13,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import from_yaml, load_config
 from nnunetv2_meddinov3.pretrain.loader import open_store
 from nnunetv2_meddinov3.pretrain.run import run
+from nnunetv2_meddinov3.pretrain.stages import check, settled
 from nnunetv2_meddinov3.store.manage import split_by_patient
 from nnunetv2_meddinov3.store.reader import SliceStore
 
@@ -67,7 +68,9 @@ def test_a_store_of_nothing_else_is_refused_with_what_to_do(
 def run_of(small_stage, store, out, *more):
     words = ["optim.steps=1", "init.source=none", f"data.store={store}", *more]
     said = io.StringIO()
-    code = run((load_config("tiny_stage1", small_stage(*words)),), out, said)
+    stages = settled((load_config("tiny_stage1", small_stage(*words)),), out)
+    check(stages, out)
+    code = run(stages, out, said)
     return code, said.getvalue()
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from nnunetv2_meddinov3.cli import main
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.locks import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +70,27 @@ def test_the_gram_teacher_is_retained_by_the_third_stage(three_stages):
         assert all(torch.equal(own[k], t) for k, t in wanted.items())
 
 
+@pytest.mark.slow
+def test_a_short_run_needs_one_option_and_each_stage_says_what_is_next(ct_store, tmp_path, capsys):
+    small = ["crops.resolutions.0.global_size=96", "optim.batch_size=8", "data.workers=0"]
+    out = tmp_path / "my run"
+    words = ["--store", ct_store, "--out", out, "--steps", "2", *small]
+    assert pretrain("tiny", "--stage", "1", *words) == 0
+    said = capsys.readouterr().err
+    assert f"teacher      {out}/stage1/teacher.safetensors" in said
+    assert f"report       {out}/stage1/report.html" in said
+    assert f"MEDDINOV3_WEIGHTS='{out}/stage1/teacher.safetensors' nnUNetv2_train" in said
+    (line,) = [line for line in said.splitlines() if "next stage" in line]
+    verb, *again = shlex.split(line)[2:]  # followed as it is
+    assert (verb, again[:4]) == ("meddinov3", ["pretrain", "tiny", "--stage", "2"])
+    assert main(again) == 0
+    assert "--stage 3" in capsys.readouterr().err
+    assert pretrain("tiny", *words) == 0
+    said = capsys.readouterr().err
+    assert "next stage" not in said
+    assert f"MEDDINOV3_WEIGHTS='{out}/stage3/teacher.safetensors'" in said
+
+
 def test_a_finished_run_is_left_alone(three_stages, capsys):
     out, words = three_stages
     before = (out / "stage3/teacher.safetensors").stat().st_mtime_ns
@@ -104,12 +127,82 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch,
 
 
 def test_the_start_of_the_command_goes_to_the_first_of_its_stages_whatever_its_name():
-    from nnunetv2_meddinov3.pretrain.run import stages_of
+    from nnunetv2_meddinov3.pretrain.stages import stages_of
 
     found = stages_of(["tiny"], [], init="weights: [a] #1 = b.pth")
     assert [c.init.source for c in found] == ["weights: [a] #1 = b.pth", "previous", "previous"]
     (second,) = stages_of(["tiny"], [], stage="2", init="timm:vit", store="a: b")
     assert (second.init.source, second.data.store) == ("timm:vit", "a: b")
+
+
+@pytest.fixture
+def told_before_torch(tmp_path):
+    """A function that gives what the command says of a mistake in a process without torch."""
+
+    def told(*words):
+        code = (
+            "import sys\nfrom nnunetv2_meddinov3.cli import main\n"
+            f"try: main({['pretrain', *map(str, words)]!r})\n"
+            "except ValueError as error: print(error)\n"
+            "assert not {'torch', 'timm'} & set(sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--out", "o", "optim.stepz=3"], "unknown key optim.stepz"),
+        (["--out", "o", "optim.batch_size=12", "engine.micro_batch=8"], "take one of 4, 12"),
+        (["--out", "file", "--stage", "1"], "must be writable"),
+        (["--out", "file/below", "--stage", "1"], "must be writable"),
+        (["--out", "o", "--store", "nowhere"], "must be a slice store"),
+        (["--dry-run", "--store", "nowhere"], "must be a slice store"),
+        (["--out", "o", "--stage", "3"], "starts from stage 2"),
+        (["--out", "held", "--stage", "1"], "one process at a time, but process"),
+        ([], "give --out DIR"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_imported(
+    small_stage, told_before_torch, tmp_path, words, sentence
+):
+    (tmp_path / "file").touch()
+    with locked(tmp_path / "held", print):
+        said = told_before_torch("tiny", *small_stage(), *words)
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_that_another_process_works_on_is_refused_and_not_touched(small_stage, tmp_path):
+    words = ["tiny", "--stage", "1", "--out", tmp_path / "run", *small_stage("optim.steps=1")]
+    with locked(tmp_path / "run", print):
+        with pytest.raises(UserError, match=f"but process {os.getpid()} on .*since"):
+            pretrain(*words)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.json"]
+    assert pretrain(*words) == 0
+    assert not (tmp_path / "run/lock.json").exists()
+
+
+def test_a_lock_taken_between_the_check_and_the_start_is_respected(
+    small_stage, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nnunetv2_meddinov3.pretrain.stages.refuse_locked", lambda folder: None)
+    words = ["tiny", "--stage", "1", "--out", tmp_path / "run", *small_stage("optim.steps=1")]
+    with locked(tmp_path / "run", print), pytest.raises(UserError, match="one process at a time"):
+        pretrain(*words)
+    assert not (tmp_path / "run/stage1").exists()
 
 
 def test_no_folder_to_write_to_is_one_sentence(small_stage):

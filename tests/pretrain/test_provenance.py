@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from nnunetv2_meddinov3 import __version__
+from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.pretrain import provenance
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
 
 ROOT = Path(__file__).parents[2]
 OURS = "[metadata]\nname = nnunetv2-meddinov3\n"
 THEIRS = "[metadata]\nname = somebodys-project\n"
+TINY = architecture_of("vit_tiny")
 ALONE = Runtime(0, 1, torch.device("cpu"), "fp32", False)
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -65,7 +67,7 @@ def test_a_package_in_somebodys_repository_does_not_record_its_commit(
 ):
     runs_from(folder, setup_cfg, tracked)
     assert provenance.git_state() is None
-    facts = json.loads(provenance.run_provenance(ALONE))
+    facts = json.loads(provenance.run_provenance(ALONE, TINY, "none"))
     assert facts["git"] is None
     assert facts["versions"]["nnunetv2_meddinov3"] == __version__
 
@@ -81,10 +83,10 @@ def test_our_own_checkout_records_its_commit_and_whether_it_is_clean(runs_from, 
 
 def test_git_is_asked_once_a_process(runs_from, monkeypatch):
     runs_from(".", OURS)
-    provenance.run_provenance(ALONE)
+    provenance.run_provenance(ALONE, TINY, "none")
 
     def never(*arguments, **options):
         raise AssertionError("git is asked again")
 
     monkeypatch.setattr(subprocess, "run", never)
-    assert json.loads(provenance.run_provenance(ALONE))["git"]["clean"]
+    assert json.loads(provenance.run_provenance(ALONE, TINY, "none"))["git"]["clean"]

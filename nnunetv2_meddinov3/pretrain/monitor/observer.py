@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.pretrain.checkpoints import HEALTH
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
@@ -20,6 +19,7 @@ from nnunetv2_meddinov3.pretrain.monitor.health import measure, verdicts
 from nnunetv2_meddinov3.pretrain.monitor.logger import MetricsLogger, StepRows
 from nnunetv2_meddinov3.pretrain.monitor.report import write_report
 from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
+from nnunetv2_meddinov3.pretrain.run_folder import HEALTH
 from nnunetv2_meddinov3.progress import Progress
 
 _MOMENTS = 5  # for which maps are kept where no interval is given

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
-from nnunetv2_meddinov3.pretrain.checkpoints import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS
 from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     Moment,
@@ -21,6 +20,7 @@ from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     pca_maps,
     similarity_maps,
 )
+from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 
 WINDOW_HU = (-160, 240)  # soft tissue
 _BODY_HU = -300  # a pixel above it shows the body

@@ -13,13 +13,13 @@ from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
 from nnunetv2_meddinov3.models.weights import Checkpoint
-from nnunetv2_meddinov3.pretrain.checkpoints import PROBE
 from nnunetv2_meddinov3.pretrain.config import StageConfig
 from nnunetv2_meddinov3.pretrain.distributed import Runtime
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of
 from nnunetv2_meddinov3.pretrain.monitor.logger import StepRows
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
 from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, verdict
+from nnunetv2_meddinov3.pretrain.run_folder import PROBE
 
 
 class ProbeCallback:

@@ -18,7 +18,7 @@ from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
 from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint, resolve_source
-from nnunetv2_meddinov3.pretrain.checkpoints import CHECKPOINTS, EXPORT, state_of
+from nnunetv2_meddinov3.pretrain.checkpoints import state_of
 from nnunetv2_meddinov3.pretrain.config import Intensity
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
@@ -29,6 +29,7 @@ from nnunetv2_meddinov3.pretrain.probe.fitting import (
     resampled_average_precision,
 )
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
+from nnunetv2_meddinov3.pretrain.run_folder import CHECKPOINTS, EXPORT
 
 _MAX_PATCHES = 20_000  # to which the dense probe is fitted
 _THRESHOLD_SLICES = 64  # on which its thresholds are chosen
