@@ -58,7 +58,7 @@ def test_any_flipped_byte_of_any_file_is_found(store):
     split_by_patient(store, {"train": 0.5, "val": 0.5})
     rng = np.random.default_rng(0)
     paths = [path for path in sorted(store.rglob("*")) if path.is_file()]
-    assert len(paths) == 16  # 5 arrays, 5 records, a skip and 5 in the folder itself
+    assert len(paths) == 17  # 5 arrays, 5 records, a skip and 6 in the folder itself
     for path in paths:
         whole = path.read_bytes()
         for place in {0, len(whole) - 1, *rng.integers(0, len(whole), 3).tolist()}:
