@@ -1,8 +1,11 @@
 """``meddinov3 pretrain``: from a slice store to one checkpoint, in up to three stages."""
 
 import argparse
+import logging
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from nnunetv2_meddinov3.errors import UserError
 
@@ -40,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
     # `--help` waits for none of these imports, a mistake in the command not for torch.
-    from nnunetv2_meddinov3.pretrain.stages import check, next_command, settled, stages_of
+    from nnunetv2_meddinov3.pretrain.stages import (
+        check,
+        next_command,
+        settled,
+        stages_of,
+        world_size,
+    )
 
     stages = stages_of(
         names,
@@ -62,7 +71,22 @@ def main(argv: list[str] | None = None) -> int:
     from nnunetv2_meddinov3.pretrain.run import run
 
     following = next_command(names, overrides, stages[-1], arguments.out, arguments.steps)
-    return run(stages, arguments.out, sys.stderr, following)
+    code = run(stages, arguments.out, sys.stderr, following)
+    if world_size() > 1:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without the interpreter's own end.
+
+    Threads of torch's process groups can outlive these and abort it ("terminate called without an
+    active exception"), which torchrun takes for a failure of a run that is done.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
