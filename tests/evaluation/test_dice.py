@@ -23,13 +23,6 @@ def dataset_of(labels, ending=".nii.gz", reader=None):
 DATASET = dataset_of(LABELS)
 
 
-@pytest.fixture
-def folders(tmp_path):
-    for name in ("predictions", "labels", "images"):
-        (tmp_path / name).mkdir()
-    return tmp_path
-
-
 def write(path, voxels, spacing=(1.0, 1.0, 1.0)):
     image = sitk.GetImageFromArray(np.asarray(voxels))
     image.SetSpacing(spacing[: image.GetDimension()])

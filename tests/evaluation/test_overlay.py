@@ -13,13 +13,6 @@ from nnunetv2_meddinov3.raw_dataset import RawDataset
 DATASET = RawDataset(Path(), ".nii.gz", {0: "CT"}, labels={"spleen": (7,), "liver": (3,)})
 
 
-@pytest.fixture
-def folders(tmp_path):
-    for name in ("predictions", "labels", "images"):
-        (tmp_path / name).mkdir()
-    return tmp_path
-
-
 def write(path, voxels, spacing=(1.0, 1.0, 1.0)):
     image = sitk.GetImageFromArray(np.asarray(voxels))
     image.SetSpacing(spacing[: image.GetDimension()])
