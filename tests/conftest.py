@@ -1,5 +1,6 @@
 """Shared by all tests: torch first, the goldens' processor path, small synthetic volumes."""
 
+import locale
 import os
 
 # tests/golden was recorded with AVX2 kernels; other instruction sets round differently. These
@@ -30,6 +31,14 @@ install_import_hook(
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """GDCM sets the process's locale to C when it writes DICOM, as many tests do."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def run(command, check=True, cwd=None, **variables):
         cwd=cwd or Path(sys.prefix),
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=900,
         check=False,
     )
