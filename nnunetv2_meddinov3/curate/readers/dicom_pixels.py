@@ -66,6 +66,9 @@ def check_decodable(header: SliceHeader) -> None:
     """
     if header.frame is not None:
         return
+    if header.syntax == RLELossless and header.pixels != NOWHERE:
+        with PixelReader() as reader:
+            reader.check_segments(header)
     try:
         with without_itk_warnings():
             open_header(header.path, "GDCMImageIO")
@@ -117,7 +120,7 @@ class PixelReader:
         """
         try:
             pixels = self._decoded(header)
-        except OSError:
+        except (OSError, Unreadable):
             raise
         except Exception as error:  # GDCM's errors name the file and its addresses in memory
             reason = _unknown_syntax(header) or "its pixels cannot be decoded"
@@ -126,15 +129,30 @@ class PixelReader:
             raise Unreadable("its pixels are of another size than its header says")
         return pixels
 
+    def check_segments(self, header: SliceHeader) -> None:
+        """Refuse what is not encoded as RLE, where GDCM ends the process by dividing by zero.
+
+        Raises:
+            Unreadable: If the code stream of an image begins with no number of segments.
+        """
+        try:
+            begin = self._frames(header).encoded(header)[:4]
+        except OSError:
+            raise
+        except Exception as error:  # whatever malformed bytes lead a parser to
+            raise Unreadable("its pixels cannot be decoded") from error
+        if not any(begin):
+            raise Unreadable("its pixels cannot be decoded")
+
     def _decoded(self, header: SliceHeader) -> np.ndarray:
         """Decode an image as it is, or a copy of it.
 
         GDCM turns MONOCHROME1 round for display, and not by the same rule for every number of bits
         and sign. How an image is shown changes no HU, so a copy says MONOCHROME2.
         """
-        if header.syntax == RLELossless and header.pixels != NOWHERE:
-            self._frames(header).check_segments(header)
         if header.frame is not None:
+            if header.syntax == RLELossless:
+                self.check_segments(header)
             self._frames(header).write(header, self._copy)
             return _gdcm_pixels(self._copy)
         path, at = header.path, header.photometric_at
@@ -175,7 +193,7 @@ class _Frames:
 
     def write(self, header: SliceHeader, path: Path) -> None:
         """Write a frame as a CT slice whose stored values and rescale are those of the frame."""
-        data, syntax = self._encoded(header), header.syntax
+        data, syntax = self.encoded(header), header.syntax
         copy = pydicom.Dataset()
         for keyword in OF_PIXELS:
             if keyword in self.description:
@@ -198,16 +216,7 @@ class _Frames:
             copy["PixelData"].is_undefined_length = header.pixels.length is None
             pydicom.dcmwrite(path, copy, enforce_file_format=True)
 
-    def check_segments(self, header: SliceHeader) -> None:
-        """Refuse what is not encoded as RLE, where GDCM divides by the number of segments.
-
-        Raises:
-            Misfit: If the code stream of a frame begins with no number of segments.
-        """
-        if not any(self._encoded(header)[:4]):
-            raise Misfit("it has no segments")
-
-    def _encoded(self, header: SliceHeader) -> bytes:
+    def encoded(self, header: SliceHeader) -> bytes:
         """Return the bytes of a frame as they are in the file, without its fragments' heads."""
         at, frame = header.pixels.at, header.frame or 0
         assert at is not None
