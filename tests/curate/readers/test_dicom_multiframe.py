@@ -1,6 +1,7 @@
 """Multi-frame DICOM: frames become the slices of volumes, by the rules of series."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pydicom
@@ -17,6 +18,7 @@ from nnunetv2_meddinov3.curate.volume import Unreadable
 
 CLASS = "1.2.840.10008.5.1.4.1.1."
 STACK, TIME = "FrameContentSequence__StackID", "FrameContentSequence__TemporalPositionIndex"
+VALUES = "PixelValueTransformationSequence"
 RULES = "its slices repeat or interleave as those of several volumes do"
 
 
@@ -114,7 +116,7 @@ ORIENTATIONS = {
 
 @pytest.mark.parametrize("name", ORIENTATIONS)
 def test_other_orientations_come_out_in_lps(tmp_path, make_ct, frame, enhanced, save, name):
-    array = np.maximum(make_ct(24, 32), -1024)  # (z, y, x), 1 mm in all directions
+    array = np.maximum(make_ct(16, 20), -1024)  # (z, y, x), 1 mm in all directions
     axes = ORIENTATIONS[name]
     normal = np.cross(axes[:3], axes[3:])
     along = int(np.argmax(np.abs(normal)))
@@ -239,7 +241,7 @@ BAD = [
     ({"PlanePositionSequence__ImagePositionPatient": None}, "state no position"),
     ({"PlaneOrientationSequence__ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "orientation"),
     ({"PixelMeasuresSequence__PixelSpacing": [1.1, 1.1]}, "pixel spacing"),
-    ({"PixelValueTransformationSequence__RescaleSlope": 0}, "rescale is absurd"),
+    ({f"{VALUES}__RescaleSlope": 0}, "rescale is absurd"),
     ({"CTImageFrameTypeSequence__FrameType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "scout"),
     (
         {
@@ -352,13 +354,14 @@ def test_files_that_hold_no_frames_to_read_are_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "modality"),
     [
-        ({"PixelValueTransformationSequence__RescaleType": "Z_EFF"}, "unknown"),
-        ({"PixelValueTransformationSequence__RescaleType": "US"}, "CT"),
+        ({f"{VALUES}__RescaleType": "Z_EFF"}, "unknown"),
+        ({f"{VALUES}__RescaleType": "US"}, "CT"),
         ({"rescale": (1, 0)}, "unknown"),  # 1024 was not subtracted
+        ({f"{VALUES}__RescaleSlope": None, f"{VALUES}__RescaleIntercept": None}, "unknown"),
     ],
 )
 def test_what_is_no_hu_does_not_enter_as_hu(tmp_path, hu, slices, enhanced, save, change, modality):
-    values = np.abs(hu) + (1024 if "rescale" in change else 0) - ("rescale" not in change) * 1000
+    values = hu + 1024 if "rescale" in change else hu
     frames = slices(change=lambda k: {"values": values[k], **change})
     assert only(save(enhanced(frames), tmp_path / "a.dcm")).modality == modality
 
@@ -463,6 +466,25 @@ def test_a_sequence_of_unknown_type_does_not_hide_the_pixels(tmp_path, hu, slice
     unknown = b"\x01\x7f\x10\x10UN\0\0\xff\xff\xff\xff" + item + b"\xfe\xff\xdd\xe0" + bytes(4)
     path.write_bytes(data[:at] + unknown + data[at:])
     np.testing.assert_array_equal(only(path).array, hu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_frames_are_held_once(tmp_path, make_ct, frame, enhanced, save, packed):
+    array = np.maximum(make_ct(24, 128), -1024)
+    dataset = enhanced([frame(values, (0, 0, 2.5 * k)) for k, values in enumerate(array)])
+    if packed:
+        dataset.compress(uid.RLELossless, generate_instance_uid=False)
+    save(dataset, tmp_path / "a.dcm")
+    (source,), _ = find_sources([tmp_path])
+    tracemalloc.start()
+    try:
+        image = read(source)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(image.array, array)
+    assert peak < 1.6 * array.nbytes
 
 
 def test_damaged_functional_groups_are_a_sentence(tmp_path, slices, enhanced, save):
