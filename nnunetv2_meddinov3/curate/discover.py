@@ -13,9 +13,11 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from nnunetv2_meddinov3.curate.readers.dicom import check_decodable, is_slice
+from nnunetv2_meddinov3.curate.readers.dicom import is_slice
 from nnunetv2_meddinov3.curate.readers.dicom_guard import has_mark
-from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
+from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader
+from nnunetv2_meddinov3.curate.readers.dicom_multiframe import read_headers
+from nnunetv2_meddinov3.curate.readers.dicom_pixels import check_decodable
 from nnunetv2_meddinov3.curate.readers.dicom_series import volumes_of
 from nnunetv2_meddinov3.curate.readers.images import DETACHED, ENDINGS, PICTURES, ending_of
 from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, plain_text
@@ -90,7 +92,7 @@ class _Finder:
         self.found: dict[str, VolumeSource] = {}
         self.refused: dict[str, str] = {}
         self.seen: set[tuple[int, int]] = set()  # device and inode of files and folders
-        # of a series and a patient: key, header and dataset of each file
+        # of a series and a patient: key, header and dataset of each image
         self.series: dict[tuple[str, str], list[tuple[str, SliceHeader, str]]] = {}
 
     def argument(self, path: Path, base: str, dataset: RawDataset | None) -> None:
@@ -111,9 +113,9 @@ class _Finder:
     def results(self) -> tuple[list[VolumeSource], list[tuple[str, str]]]:
         """Return everything found and refused, sorted by key, with the DICOM files as series."""
         for (uid, patient), members in sorted(self.series.items(), key=lambda item: item[0]):
-            members_of = {member[1].path: member for member in members}
+            members_of = {member[1].member: member for member in members}
             for volume in volumes_of([header for _, header, _ in members], is_slice):
-                self._volume(uid, patient, [members_of[header.path] for header in volume])
+                self._volume(uid, patient, [members_of[header.member] for header in volume])
         return [self.found[key] for key in sorted(self.found)], sorted(self.refused.items())
 
     def _volume(self, uid: str, patient: str, members: list[tuple[str, SliceHeader, str]]) -> None:
@@ -130,8 +132,15 @@ class _Finder:
                 "another volume of its series has images of the same headers"
             )
             return
-        paths = tuple(str(header.path) for _, header, _ in members)
-        self.found[key] = VolumeSource(key, "dicom", paths, plain_text(members[0][2]), patient)
+        frames: dict[str, list[int]] = {}
+        for _, header, _ in members:
+            of_file = frames.setdefault(str(header.path), [])
+            if header.frame is not None:
+                of_file.append(header.frame)
+        some = tuple(map(tuple, frames.values())) if any(frames.values()) else ()
+        self.found[key] = VolumeSource(
+            key, "dicom", tuple(frames), plain_text(members[0][2]), patient, frames=some
+        )
 
     def _identity(self, path: Path) -> tuple[int, int]:
         status = path.stat()
@@ -230,18 +239,19 @@ class _Finder:
                 if not self._belongs_to_header(path):
                     self.refused[key] = f"its ending {path.suffix or '(none)'} is not known"
                 return
-            header = read_header(path)
-            check_decodable(path)
+            headers = read_headers(path)
+            check_decodable(headers[0])
         except OSError as error:
             self.refused[key] = f"it cannot be read ({error.strerror})"
         except Unreadable as error:
             self.refused[key] = str(error)
         else:
-            if not header.series:
+            series, patient = headers[0].series, headers[0].patient
+            if not series:
                 self.refused[key] = "it has no SeriesInstanceUID"
                 return
-            members = self.series.setdefault((header.series, header.patient), [])
-            members.append((key, header, dataset))
+            members = self.series.setdefault((series, patient), [])
+            members += [(key, header, dataset) for header in headers]
 
     def _belongs_to_header(self, path: Path) -> bool:
         data = next((end for end in DETACHED_DATA if path.name.lower().endswith(end)), None)

@@ -45,6 +45,8 @@ class VolumeSource:
         patient: Best known patient or case (nnU-Net case, hash of PatientID, else file stem).
         channel_name: Name of the nnU-Net channel in dataset.json, which tells the modality; None
             where there are no channels.
+        frames: For each file of a DICOM series the frames that are of this volume, counted from 0,
+            none for a file of one image. Empty where no file is multi-frame.
     """
 
     key: str
@@ -53,6 +55,7 @@ class VolumeSource:
     dataset: str
     patient: str
     channel_name: str | None = None
+    frames: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

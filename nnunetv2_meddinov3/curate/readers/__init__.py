@@ -57,7 +57,7 @@ def read(source: VolumeSource) -> Image:
 
 def _read(source: VolumeSource) -> Image:
     if source.kind == "dicom":
-        return read_series([Path(path) for path in source.paths])
+        return read_series([Path(path) for path in source.paths], source.frames)
     path = Path(source.paths[0])
     ending = ending_of(path.name) or ""
     if ending in PICTURES:

@@ -1,21 +1,22 @@
 """DICOM series as one array in the order of their positions.
 
-SimpleITK (GDCM) decodes the pixels and applies the rescale, slice by slice. An image that is no
-slice of the volume costs itself: it is left out, and the notes name its file.
+An image, which is a file or a frame of a multi-frame file, costs itself where it is no slice of the
+volume: it is left out, and the notes name it.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunetv2_meddinov3.curate.orient import compact
-from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader, read_header
+from nnunetv2_meddinov3.curate.readers.dicom_guard import NATIVE
+from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader
+from nnunetv2_meddinov3.curate.readers.dicom_multiframe import read_headers
+from nnunetv2_meddinov3.curate.readers.dicom_pixels import PixelReader
 from nnunetv2_meddinov3.curate.readers.dicom_series import (
     GAP,
     SAME_PLACE_MM,
@@ -26,7 +27,6 @@ from nnunetv2_meddinov3.curate.readers.dicom_series import (
     normal_of,
     position_of,
 )
-from nnunetv2_meddinov3.curate.readers.images import open_header, without_itk_warnings
 from nnunetv2_meddinov3.curate.volume import (
     Grid,
     Image,
@@ -39,24 +39,10 @@ from nnunetv2_meddinov3.curate.volume import (
 
 MODALITIES = ("CT", "MR")
 MAX_RATIO = 2000  # of a slice to its file; the codecs of DICOM hardly reach a tenth of it
-MAX_NAMED = 5  # files in a note
+MAX_NAMED = 5  # images in a note
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-INVERTED, UPRIGHT = b"MONOCHROME1", b"MONOCHROME2"
 OTHER_UNITS = ("ED", "EDW", "HU_MOD", "MGML", "OD", "PCT", "Z_EFF")  # RescaleType but HU and US
 SCOUT_WORDS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")  # in ImageType
-
-
-def check_decodable(path: Path) -> None:
-    """Refuse a file that GDCM, which decodes the pixels, cannot read: alone, not with its series.
-
-    Raises:
-        Unreadable: If GDCM refuses it.
-    """
-    try:
-        with without_itk_warnings():
-            open_header(path, "GDCMImageIO")
-    except RuntimeError as error:
-        raise Unreadable("it is a damaged DICOM file, or one that GDCM cannot read") from error
 
 
 def check_kind(header: SliceHeader) -> None:
@@ -75,16 +61,36 @@ def check_kind(header: SliceHeader) -> None:
         raise Unreadable(f"it has colour ({header.samples} samples per pixel)")
     if header.text("PhotometricInterpretation") == "PALETTE COLOR":
         raise Unreadable("it has a palette of colours")
-    if header.text("NumberOfFrames") not in ("", "0", "1"):
-        raise Unreadable("it is multi-frame, which is not read; export it as single frames")
+    if header.frame is None and header.text("NumberOfFrames") not in ("", "0", "1"):
+        raise Unreadable(
+            "it is multi-frame, but has no functional groups, which say where each frame lies; "
+            "export it as single frames, or as enhanced CT or MR"
+        )
     if header.has_table:
         raise Unreadable("its values need the table of a ModalityLUTSequence, which is not applied")
     check_rescale(
         _float(header.text("RescaleSlope"), 1.0), _float(header.text("RescaleIntercept"), 0.0)
     )
     columns, rows = header.columns, header.rows
-    if 2 * columns * rows > MAX_RATIO * header.path.stat().st_size:
-        raise Unreadable(f"it declares {columns}x{rows} pixels, more than the file can hold")
+    if 2 * columns * rows * header.frames > MAX_RATIO * header.path.stat().st_size:
+        frames = f"{header.frames} frames of " if header.frames > 1 else ""
+        raise Unreadable(
+            f"it declares {frames}{columns}x{rows} pixels, more than the file can hold"
+        )
+    _check_length(header)
+
+
+def _check_length(header: SliceHeader) -> None:
+    """Refuse uncompressed pixels that are cut off, which GDCM fills up with what is in memory.
+
+    Of a multi-frame file, frames before the cut are whole.
+    """
+    if header.pixels.length is None or header.syntax not in NATIVE:
+        return
+    bits = header.bits * header.rows * header.columns * header.samples
+    if 8 * header.pixels.length < bits * ((header.frame or 0) + 1):
+        needed = -(-bits * header.frames // 8)
+        raise Unreadable(f"its pixels are cut off ({header.pixels.length} of {needed} bytes)")
 
 
 def check_slice(header: SliceHeader) -> None:
@@ -123,16 +129,16 @@ def _float(text: str, default: float) -> float:
 
 
 class _LeftOut:
-    """Files of a series that do not enter, by the reason."""
+    """Images of a series that do not enter, by the reason."""
 
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = defaultdict(list)
 
-    def add(self, path: Path, reason: str) -> None:
-        self.names[reason].append(plain_text(path.name))
+    def add(self, name: str, reason: str) -> None:
+        self.names[reason].append(name)
 
     def notes(self) -> list[str]:
-        """Return a sentence for each reason, with the names of the first files."""
+        """Return a sentence for each reason, with the names of the first images."""
         return [
             f"{counted(len(names), 'image')} left out, {reason}: {', '.join(names[:MAX_NAMED])}"
             + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
@@ -140,12 +146,17 @@ class _LeftOut:
         ]
 
     def why(self) -> str:
-        """Return the reason of most files."""
+        """Return the reason of most images."""
         return max(self.names, key=lambda reason: len(self.names[reason]))
 
 
-def read_series(paths: list[Path]) -> Image:
+def read_series(paths: Sequence[Path], frames: Sequence[Sequence[int]] = ()) -> Image:
     """Read the files of one volume, in any order.
+
+    Args:
+        paths: The files.
+        frames: For each of them the frames that are of the volume, counted from 0, none for all.
+            Empty where all frames of all files are.
 
     Returns:
         The slices (z, y, x) along their normal, rescale applied; the spacing along z is the usual
@@ -155,7 +166,7 @@ def read_series(paths: list[Path]) -> Image:
         Unreadable: If they are not a volume of CT or MR, with the reason.
     """
     left_out, notes = _LeftOut(), list[str]()
-    headers = _slices(sorted(paths), left_out)
+    headers = _slices(sorted(zip(paths, frames or [()] * len(paths), strict=True)), left_out)
     check_one_pass(headers)
     headers = _in_order(headers, notes)
     shape = (len(headers), headers[0].rows, headers[0].columns)
@@ -184,22 +195,30 @@ def read_series(paths: list[Path]) -> Image:
     )
 
 
-def _slices(paths: list[Path], left_out: _LeftOut) -> list[SliceHeader]:
+def _slices(files: Sequence[tuple[Path, Sequence[int]]], left_out: _LeftOut) -> list[SliceHeader]:
     """Return the headers of the largest group of images that can be slices of one volume."""
     headers = []
-    for path in paths:
+    for path, frames in files:
         try:
-            header = read_header(path)
-            check_slice(header)
+            images = read_headers(path)
         except Unreadable as error:
-            left_out.add(path, str(error))
-        else:
-            headers.append(header)
+            left_out.add(plain_text(path.name), str(error))
+            continue
+        chosen = set(frames)
+        for header in images:
+            if chosen and header.frame not in chosen:
+                continue
+            try:
+                check_slice(header)
+            except Unreadable as error:
+                left_out.add(header.name, str(error))
+            else:
+                headers.append(header)
     if not headers:
         raise Unreadable(left_out.why())
     first, *odd = by_layout(headers)
     for header in (header for group in odd for header in group):
-        left_out.add(header.path, "of another size, orientation or pixel spacing")
+        left_out.add(header.name, "of another size, orientation or pixel spacing")
     with_rescale = [header for header in first if header.has_rescale]
     without = [header for header in first if not header.has_rescale]
     if not with_rescale or not without or first[0].text("Modality") != "CT":
@@ -207,7 +226,7 @@ def _slices(paths: list[Path], left_out: _LeftOut) -> list[SliceHeader]:
     kept, others = sorted((without, with_rescale), key=len, reverse=True)
     for header in others:
         reason = "without the rescale of" if others is without else "with a rescale, unlike"
-        left_out.add(header.path, f"{reason} the others")
+        left_out.add(header.name, f"{reason} the others")
     return kept
 
 
@@ -283,36 +302,12 @@ def _pixels(
     headers: list[SliceHeader], decoded: list[SliceHeader], left_out: _LeftOut
 ) -> Iterator[np.ndarray]:
     """Yield the slices that can be decoded, and collect their headers in ``decoded``."""
-    for header in headers:
-        try:
-            pixels = _decoded(header)
-        except RuntimeError:  # GDCM's errors name the file and its addresses in memory
-            left_out.add(header.path, "its pixels cannot be decoded")
-            continue
-        if pixels.shape != (header.rows, header.columns):
-            left_out.add(header.path, "its pixels are of another size than its header says")
-            continue
-        decoded.append(header)
-        yield pixels
-
-
-def _decoded(header: SliceHeader) -> np.ndarray:
-    """Return the values of an image (rows, columns), rescale applied.
-
-    GDCM turns MONOCHROME1 round for display, and not by the same rule for every number of bits and
-    sign. How an image is shown changes no HU, so GDCM is given a copy that says MONOCHROME2.
-    """
-    path, at = header.path, header.photometric_at
-    if header.text("PhotometricInterpretation") != INVERTED.decode() or at is None:
-        return _gdcm_pixels(path)
-    data = path.read_bytes()
-    at = data.index(INVERTED, at)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "upright.dcm"
-        copy.write_bytes(data[:at] + UPRIGHT + data[at + len(UPRIGHT) :])
-        return _gdcm_pixels(copy)
-
-
-def _gdcm_pixels(path: Path) -> np.ndarray:
-    image = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
-    return np.asarray(sitk.GetArrayFromImage(image)[0])
+    with PixelReader() as reader:
+        for header in headers:
+            try:
+                pixels = reader.read(header)
+            except Unreadable as error:
+                left_out.add(header.name, str(error))
+                continue
+            decoded.append(header)
+            yield pixels

@@ -1,5 +1,7 @@
 """The volumes of one SeriesInstanceUID, by layout and by passes that repeat or interleave.
 
+An image is a file, or a frame of a multi-frame file.
+
 A series is one volume as a rule. It is several where anonymisation gave two patients one UID, where
 phases of a contrast study or several reconstructions share one, or where images of another
 orientation lie among the slices.
@@ -7,13 +9,15 @@ orientation lie among the slices.
 
 from __future__ import annotations
 
-import filecmp
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.curate.readers.dicom_header import SliceHeader
 from nnunetv2_meddinov3.curate.volume import Unreadable
 
@@ -38,6 +42,9 @@ SEPARATORS = (
     "ConvolutionKernel",
     "EchoTime",
     "ImageType",
+    "ComplexImageComponent",
+    "DimensionIndexValues",
+    "file",
     "AcquisitionTime",
     "ContentTime",
 )
@@ -170,6 +177,9 @@ def _passes(headers: list[SliceHeader]) -> list[list[SliceHeader]]:
     """Return the volumes among slices of one layout; all of them as one where in doubt."""
     if len(headers) < 2 * FEWEST:
         return [headers]
+    stacks = _grouped(headers, "StackID")
+    if len(stacks) > 1 and min(map(len, stacks)) >= FEWEST:
+        return [volume for stack in stacks for volume in _passes(stack)]
     for keyword in ("folder", "StudyInstanceUID"):
         groups = _grouped(headers, keyword)
         if _clean(groups) and _lie_apart(groups):
@@ -199,9 +209,11 @@ def _grouped(headers: Iterable[SliceHeader], *keywords: str) -> list[list[SliceH
 
 
 def _values(headers: list[SliceHeader], keyword: str) -> list[Hashable]:
-    """Return what divides images: a folder, a text, or the least of numbers that are alike."""
+    """Return what divides images: a folder or file, a text, or the least of alike numbers."""
     if keyword == "folder":
         return [header.path.parent for header in headers]
+    if keyword == "file":
+        return [header.path for header in headers]
     if keyword not in ("SliceThickness", "EchoTime"):
         return [header.text(keyword) for header in headers]
     numbers = [header.numbers(keyword, 1) for header in headers]
@@ -239,7 +251,7 @@ def _placed(headers: Iterable[SliceHeader]) -> list[tuple[float, SliceHeader]]:
     for header in headers:
         normal = normal_of(header) if normal is None else normal
         placed.append((float(normal @ position_of(header)), header))
-    return sorted(placed, key=lambda item: (item[0], str(item[1].path)))
+    return sorted(placed, key=lambda item: (item[0], str(item[1].path), item[1].member[1]))
 
 
 def _places(headers: Iterable[SliceHeader]) -> tuple[np.ndarray, int]:
@@ -271,7 +283,20 @@ def _copies(one: SliceHeader, other: SliceHeader, identifies: bool) -> bool:
         return False
     if identifies and one.path.parent == other.path.parent:
         return True
-    return filecmp.cmp(one.path, other.path, shallow=False)
+    if (one.texts, one.member[1]) != (other.texts, other.member[1]):
+        return False  # without reading the files
+    return _content(one.path) == _content(other.path)
+
+
+def _content(path: Path) -> str:
+    """Return the hash of a file; series are looked at many times, but read once."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 15)
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    return files.file_sha256(path)
 
 
 def _differ(steps: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -331,13 +356,13 @@ def _lie_apart(groups: list[list[SliceHeader]]) -> bool:
 
 def _runs(headers: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
     """Divide slices, in the order they were acquired in, wherever the positions start again."""
-    place_of = {header.path: place for place, header in _placed(headers)}
-    ordered = sorted(headers, key=lambda h: (instance_of(h), h.text("AcquisitionTime"), h.path))
+    place_of = {header.member: place for place, header in _placed(headers)}
+    ordered = sorted(headers, key=lambda h: (instance_of(h), h.text("AcquisitionTime"), h.member))
     runs = [[ordered[0]]]
     for header in ordered[1:]:
         run = runs[-1]
-        step = place_of[header.path] - place_of[run[-1].path]
-        before = place_of[run[-1].path] - place_of[run[0].path]
+        step = place_of[header.member] - place_of[run[-1].member]
+        before = place_of[run[-1].member] - place_of[run[0].member]
         if step * before < 0 or abs(step) < SAME_PLACE_MM:
             runs.append([header])
         else:
