@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.contracts import HU, NORMALISED, contracts_of
 from nnunetv2_meddinov3.pretrain.config import KINDS, Contract, Intensity, StageConfig
 from nnunetv2_meddinov3.store.reader import SliceStore
 
-HU, NORMALISED = "HU", "normalised"
 _KIND_OF = {"CT": "hu", "MR": "mr", "unknown": "unknown"}  # of a modality; others are "other"
 _BY_THEMSELVES = ("hu", "mr", "other")  # kinds that a run takes without being told
 _SAMPLED = 32  # slices that are looked at to say what a contract clips
@@ -44,14 +44,6 @@ def intensity_of(config: StageConfig) -> dict[str, Any]:
             )
     first, *others = contracts
     return {**first, **({"others": others} if others else {})}
-
-
-def contracts_of(stated: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return unit -> contract of what a checkpoint states; one without a unit is in HU."""
-    if not stated:
-        return {}
-    contracts = [stated, *stated.get("others", [])]
-    return {each.get("unit", HU): each for each in contracts if "clip" in each}
 
 
 def contract_in(unit: str, intensity: Intensity) -> Contract:

@@ -83,12 +83,19 @@ def test_a_record_gives_the_values_back(look, tmp_path, write_image):
         assert store.ends(row) == (0.0, 16384.0)
 
 
-def test_a_channel_name_makes_8_bits_mr_and_no_name_leaves_them_as_they_were(tmp_path, write_image):
-    write_image(tmp_path / "plain/v.nii.gz", uint8(make_mr()))
-    raw = tmp_path / "Dataset001_Head"
-    write_image(raw / "imagesTr/a_0000.nii.gz", uint8(make_mr()))
+@pytest.fixture
+def raw(tmp_path, write_image):
+    """A raw dataset of one 8-bit volume, whose channel is called MRI."""
+    write_image(tmp_path / "Dataset001_Head/imagesTr/a_0000.nii.gz", uint8(make_mr()))
     facts = {"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
-    (raw / "dataset.json").write_text(json.dumps(facts))
+    (tmp_path / "Dataset001_Head/dataset.json").write_text(json.dumps(facts))
+    return tmp_path / "Dataset001_Head"
+
+
+def test_a_channel_name_makes_8_bits_mr_and_no_name_leaves_them_as_they_were(
+    raw, tmp_path, write_image
+):
+    write_image(tmp_path / "plain/v.nii.gz", uint8(make_mr()))
     curate([raw], tmp_path / "named")
     curate([tmp_path / "plain"], tmp_path / "unnamed")
     named, unnamed = record_of(tmp_path / "named"), record_of(tmp_path / "unnamed")

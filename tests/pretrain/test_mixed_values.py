@@ -10,11 +10,11 @@ import yaml
 
 from nnunetv2_meddinov3.curate.pipeline import curate
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.models.contracts import contracts_of
 from nnunetv2_meddinov3.models.weights import read_checkpoint
 from nnunetv2_meddinov3.pretrain.config import Contract, from_yaml, load_config
 from nnunetv2_meddinov3.pretrain.intensity import (
     check_same_contract,
-    contracts_of,
     intensity_of,
     usage,
     with_kinds,
@@ -289,7 +289,7 @@ def test_a_store_of_before_is_read_by_the_ends_that_it_has(mr_store, tmp_path):
 
 def test_a_store_without_ends_is_one_sentence(mr_store, tmp_path):
     folder = with_stored(mr_store, tmp_path / "s", None, None)
-    with pytest.raises(UserError, match="24 slices of .* do not: curate these volumes again"):
+    with pytest.raises(UserError, match=r"24 slices of .* do not: curate these volumes again"):
         open_store(config_of(folder))
 
 

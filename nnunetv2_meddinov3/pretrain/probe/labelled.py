@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.errors import UserError, first_line
-from nnunetv2_meddinov3.pretrain.intensity import HU, NORMALISED
+from nnunetv2_meddinov3.models.contracts import HU, NORMALISED
 from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
 from nnunetv2_meddinov3.store.mapping import mapping_of
 

@@ -17,10 +17,11 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
+from nnunetv2_meddinov3.models.contracts import contracts_of
 from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint, resolve_source
 from nnunetv2_meddinov3.pretrain.checkpoints import state_of
 from nnunetv2_meddinov3.pretrain.config import Intensity
-from nnunetv2_meddinov3.pretrain.intensity import contract_in, contracts_of
+from nnunetv2_meddinov3.pretrain.intensity import contract_in
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,
