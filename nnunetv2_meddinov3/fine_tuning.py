@@ -7,6 +7,7 @@ neither a variable nor a weights file.
 
 import inspect
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nnunetv2_meddinov3.models.architecture import (
     differences,
 )
 from nnunetv2_meddinov3.models.build import stem_channels
+from nnunetv2_meddinov3.models.contracts import HU, NORMALISED, contracts_of
 from nnunetv2_meddinov3.models.formats import parse_state_dict
 from nnunetv2_meddinov3.models.segmenter import resolve_layers
 from nnunetv2_meddinov3.models.tensor_files import read_files
@@ -136,6 +138,25 @@ def settle_backbone(weights: str | None) -> tuple[Architecture, Checkpoint | Non
     checkpoint = resolve_source(weights)
     _check_size(checkpoint.architecture, weights)
     return checkpoint.architecture, checkpoint
+
+
+def said_of_values(metadata: dict[str, Any], channel_names: Collection[str]) -> str | None:
+    """Return a sentence where weights were pretrained on other values than a dataset has.
+
+    Args:
+        metadata: Of the weights; those that state no intensity contract say nothing.
+        channel_names: Of the dataset; as for nnU-Net, "CT" means HU.
+    """
+    units = set(contracts_of(metadata.get("intensity")))
+    names = ", ".join(channel_names)
+    has_ct = any(name.casefold() == "ct" for name in channel_names)
+    if not units or (HU if has_ct else NORMALISED) in units:
+        return None
+    theirs = "CT in HU" if HU in units else "images that are not CT"
+    return (
+        f"These weights were pretrained on {theirs} alone, but the channels of the dataset are "
+        f"{names}: weights pretrained on such images may do better."
+    )
 
 
 def _check_size(architecture: Architecture, weights: str) -> None:

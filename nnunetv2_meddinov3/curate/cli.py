@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         shard=_shard(arguments.shard),
         exclude=arguments.exclude,
         patients=arguments.patients,
+        modality=arguments.modality,
         hide_paths=arguments.hide_paths,
         pixel_spacing_mm=arguments.pixel_spacing,
         size=arguments.size,
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="its first group, or whole match, is the patient in the name of a file or case, also "
         "of those in the store. Default: each file or case is a patient; DICOM names its own",
+    )
+    add(
+        "--modality",
+        metavar="NAME",
+        help="CT, MR, PT, US or XR: that of volumes which do not say theirs, as in plain folders. "
+        "DICOM and channel names say it, and values that are no HU outrank CT",
     )
     add(
         "--hide-paths",

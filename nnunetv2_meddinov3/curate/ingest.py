@@ -39,6 +39,7 @@ class Job:
     guard: Guard = field(default_factory=Guard)
     names: Names = field(default_factory=Names)
     names_patients: bool = False  # by --patients, which also holds for what has entered before
+    modality: str | None = None  # of volumes that do not say theirs
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,12 @@ def _ingest(source: VolumeSource, stored: VolumeSource, job: Job) -> Outcome:
     """Bring a source into the store under the names that it has there."""
     try:
         sha256 = source_sha256(source.paths)
-        if job.writer.has(stored.key, sha256):
-            return Outcome(source.key, "present")
+        if (record := job.writer.present(stored.key, sha256)) is not None:
+            return Outcome(source.key, "present", notes=_said_of_present(record, job))
         volume = reorient(read(source))  # in one line: the voxels in the file's order are freed
-        volume = identify(volume, source)
+        volume = identify(volume, source, job.modality)
         stack = stack_slices(volume)
-        excluded, near = job.guard.inspect(stack)
+        excluded, near = job.guard.inspect(stack, volume)
         if excluded:
             return Outcome(source.key, "excluded", excluded)
         cut = cut_volume(volume, stack, job.rules, frozenset(near))
@@ -102,6 +103,13 @@ def _ingest(source: VolumeSource, stored: VolumeSource, job: Job) -> Outcome:
     job.writer.write_volume(record, cut.array)
     counts = count_reasons(cut.left_out)
     return Outcome(source.key, "entered", "", len(cut.records), counts, n_bytes, notes)
+
+
+def _said_of_present(record: VolumeRecord, job: Job) -> tuple[str, ...]:
+    """Return a remark where the modality that is stated now came too late for a volume."""
+    if job.modality is None or record.modality != "unknown" or job.modality == "CT":
+        return ()
+    return (f"entered before as unknown, without --modality {job.modality}: use a new store",)
 
 
 def skipped(key: str, reason: str) -> Outcome:

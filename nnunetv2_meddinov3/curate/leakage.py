@@ -17,8 +17,8 @@ from nnunetv2_meddinov3.curate.discover import find_sources
 from nnunetv2_meddinov3.curate.modalities import identify
 from nnunetv2_meddinov3.curate.orient import reorient
 from nnunetv2_meddinov3.curate.readers import read
-from nnunetv2_meddinov3.curate.slices import Stack, stack_slices
-from nnunetv2_meddinov3.curate.volume import Unreadable, VolumeSource, counted
+from nnunetv2_meddinov3.curate.slices import Stack, in_another_way, stack_slices
+from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource, counted
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.fingerprints import (
@@ -106,11 +106,16 @@ class Guard:
         digest = hashlib.sha256("".join(sorted(self.origins)).encode()).hexdigest()[:16]
         return (f"{_NOTE} {digest}: compared with {len(self.origins)} excluded slices",)
 
-    def inspect(self, stack: Stack) -> tuple[str | None, list[int]]:
+    def inspect(self, stack: Stack, volume: Volume | None = None) -> tuple[str | None, list[int]]:
         """Compare a volume with what is excluded, also mirrored, turned and transposed in-plane.
 
         The incoming side is turned, since of a store or a list only hashes are known. Slices that
-        are constant or show only air are not compared: they are alike in many volumes.
+        are constant or show only air are not compared: they are alike in many volumes. Values that
+        are not HU are compared in both ways in which a store may hold them (``in_another_way``).
+
+        Args:
+            stack: Its slices.
+            volume: What they were made of, for the other way.
 
         Returns:
             The reason to leave out the whole volume, None if it may enter, and the indices of the
@@ -119,7 +124,13 @@ class Guard:
         if not self.origins:
             return None, []
         compared = stack.informative()
-        found = [each for z in compared if (each := self._origin(stack.array[z])) is not None]
+        other = None if volume is None else in_another_way(volume)
+        arrays = [stack.array] if other is None else [stack.array, other]
+        found = [
+            each
+            for z in compared
+            if (each := next(filter(None, (self._origin(a[z]) for a in arrays)), None))
+        ]
         if found:
             number = counted(len(found), "slice")
             names = " and ".join(sorted({name for name, _ in found}))
@@ -260,7 +271,8 @@ def _slices_of_volumes(path: Path) -> tuple[list[tuple[str, str | None]], int]:
     slices: list[tuple[str, str | None]] = []
     for source in sources:
         try:
-            stack = stack_slices(identify(reorient(read(source)), source))
+            volume = identify(reorient(read(source)), source)
+            stack, other = stack_slices(volume), in_another_way(volume)
         except Unreadable as error:
             raise _hole(path, source.key, str(error)) from error
         except MemoryError as error:
@@ -269,6 +281,8 @@ def _slices_of_volumes(path: Path) -> tuple[list[tuple[str, str | None]], int]:
             (slice_sha256(stack.array[z]), perceptual_hash(stack.array[z], *stack.scale.window))
             for z in stack.informative()
         ]
+        if other is not None:  # as a store of before, or a copy that says its modality, has it
+            slices += [(slice_sha256(other[z]), None) for z in stack.informative()]
     return slices, len(sources)
 
 

@@ -8,8 +8,24 @@ from dataclasses import replace
 import numpy as np
 
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.store.mapping import mapping_of
 
-MR_NAMES = re.compile(r"mri?|t[12](w|c|ce|gd|n|star)*|flair|pdw?|adc|dwi|swi|dce|cbf|cbv|bold")
+# Names of a store's modalities, DICOM's where it has one; "unknown" is what none of them is.
+MODALITIES = {
+    "CT": "computed tomography in HU",
+    "MR": "magnetic resonance",
+    "PT": "positron emission tomography",
+    "US": "ultrasound",
+    "XR": "X-ray projection",
+}
+_NAMES = {
+    "CT": re.compile(r"ct"),
+    "MR": re.compile(r"mri?|t[12](w|c|ce|gd|n|star)*|flair|pdw?|adc|dwi|swi|dce|cbf|cbv|bold"),
+    "PT": re.compile(r"pet|pt|suv"),
+    "US": re.compile(r"us|ultrasound"),
+    "XR": re.compile(r"x_?ray|xr|cr|dx"),
+}
 BONE, SHIFTED_TISSUE = (300, 700), (900, 1200)  # the second where 1024 was not subtracted
 MIN_HU_SPAN = 40  # noise alone spans more; values scaled to 0..1 or by their deviation do not
 HU_AIR = -200  # below fat; a CT with none of this shows no air at all
@@ -19,21 +35,64 @@ LABEL_PATCHES = 0.6  # share of a label map's voxels, at least, whose neighbour 
 FEW_VALUES = 16  # no image has so few
 NEAR = 24  # of 255: how far lossy compression takes the values of a mask
 SAMPLED = 16  # slices looked at for label maps
-MAX_SAMPLE = 4_000_000  # voxels that percentiles are taken of
+MAX_SAMPLE = 4_000_000  # voxels that HU are judged by
 
 
-def identify(volume: Volume, source: VolumeSource) -> Volume:
+def check_modality(modality: str | None) -> None:
+    """Refuse a stated modality that is none.
+
+    Raises:
+        UserError: With those that are.
+    """
+    if modality is not None and modality not in MODALITIES:
+        known = ", ".join(f"{name} ({what})" for name, what in MODALITIES.items())
+        raise UserError(f"--modality must be one of {known}, got {modality!r}.")
+
+
+def identify(volume: Volume, source: VolumeSource, stated: str | None = None) -> Volume:
     """Add what the values tell: modality, range of intensities, and remarks for the record.
 
     Args:
         volume: As it was read; its modality is known where the file says it.
         source: Where it comes from; an nnU-Net channel's name tells the modality too.
+        stated: The modality of volumes that say none themselves (``--modality``).
 
     Raises:
         Unreadable: If it is a label map.
     """
     array, notes = volume.array, list(volume.notes)
-    modality = volume.modality or modality_of_name(source.channel_name)
+    _refuse_labels(volume, source)
+    modality = _said(volume, source, stated, notes)
+    # 8 bits are a window of HU, or of what nobody said; of MR they are its values like any others
+    windowed = volume.windowed and modality in ("CT", "unknown", None)
+    if modality is None:
+        is_hu = not windowed and looks_like_hu(array) and hu_fault(array) is None
+        modality = "CT" if is_hu else "unknown"
+        notes.append(f"modality guessed from the values: {modality}")
+    elif modality == "CT" and not windowed:
+        if fault := hu_fault(array):
+            modality = "unknown"
+            notes.append(f"said to be CT, but its values are no HU: {fault}")
+        elif not looks_like_hu(array):
+            notes.append("said to be CT, but its values show no air")
+    elif modality not in ("CT", "unknown") and looks_like_hu(array) and hu_fault(array) is None:
+        notes.append(f"said to be {modality}, but its values look like HU")
+    intensity = None
+    if windowed:
+        intensity = {"low": 0.0, "high": 255.0}  # the ends of the window
+        notes.append("8-bit values, taken as windowed")
+    elif modality != "CT":
+        intensity = mapping_of(array).facts()
+    elif (padding := padding_value(array)) is not None:
+        share = np.count_nonzero(array == padding) / array.size
+        notes.append(f"padding value {padding} outside the field of view ({share:.0%}), kept")
+    return replace(
+        volume, modality=modality, windowed=windowed, intensity=intensity, notes=tuple(notes)
+    )
+
+
+def _refuse_labels(volume: Volume, source: VolumeSource) -> None:
+    array = volume.array
     if source.kind == "png":
         if looks_like_mask_picture(array):
             raise Unreadable("it looks like a picture of labels (few values), not an image")
@@ -41,34 +100,26 @@ def identify(volume: Volume, source: VolumeSource) -> Volume:
         few_values(array) and np.ptp(array) <= MAX_LABELS and not volume.windowed
     ):
         raise Unreadable("it looks like a label map (few whole numbers, in patches), not an image")
-    if modality is None:
-        is_hu = not volume.windowed and looks_like_hu(array) and hu_fault(array) is None
-        modality = "CT" if is_hu else "unknown"
-        notes.append(f"modality guessed from the values: {modality}")
-    elif modality == "CT" and not volume.windowed:
-        if fault := hu_fault(array):
-            modality = "unknown"
-            notes.append(f"said to be CT, but its values are no HU: {fault}")
-        elif not looks_like_hu(array):
-            notes.append("said to be CT, but its values show no air")
-    intensity = None
-    if volume.windowed:
-        intensity = {"low": 0.0, "high": 255.0}  # the ends of the window
-        notes.append("8-bit values, taken as windowed")
-    elif modality != "CT":
-        intensity = robust_range(array)
-    elif (padding := padding_value(array)) is not None:
-        share = np.count_nonzero(array == padding) / array.size
-        notes.append(f"padding value {padding} outside the field of view ({share:.0%}), kept")
-    return replace(volume, modality=modality, intensity=intensity, notes=tuple(notes))
+
+
+def _said(volume: Volume, source: VolumeSource, stated: str | None, notes: list[str]) -> str | None:
+    """Return the modality that is said: by the file, by its channel's name, else by the user.
+
+    DICOM says its own, also where that is that the way to HU is not known.
+    """
+    own = volume.modality or modality_of_name(source.channel_name)
+    if stated is None or (source.kind == "dicom" and own is None):
+        return own
+    if own is not None and own != stated:
+        notes.append(f"--modality {stated} is not used, since the volume itself says {own}")
+    return own or stated
 
 
 def modality_of_name(name: str | None) -> str | None:
-    """Return ``"CT"`` or ``"MR"`` as nnU-Net's channel name says, None if it says neither."""
+    """Return the modality that nnU-Net's channel name says, None if it says none."""
     words = re.split(r"[^a-z0-9]+", (name or "").lower())
-    if "ct" in words:
-        return "CT"
-    return "MR" if any(map(MR_NAMES.fullmatch, words)) else None
+    said = (kind for kind, names in _NAMES.items() if any(map(names.fullmatch, words)))
+    return next(said, None)
 
 
 def looks_like_hu(array: np.ndarray) -> bool:
@@ -163,15 +214,3 @@ def padding_value(array: np.ndarray) -> int | None:
     corners = array[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     filled = np.count_nonzero((corners == lowest).all(axis=1))
     return int(lowest) if 2 * filled > len(array) else None
-
-
-def robust_range(array: np.ndarray) -> dict[str, float]:
-    """Return percentiles 0.5 and 99.5 of the foreground, the voxels above the minimum."""
-    values = array.reshape(-1)
-    values = values[:: max(1, len(values) // MAX_SAMPLE)]
-    values = values[np.isfinite(values)]
-    foreground = values[values > values.min()] if values.size else values
-    if not foreground.size:
-        return {"low": 0.0, "high": 0.0}
-    low, high = np.percentile(foreground.astype(np.float64), [0.5, 99.5])
-    return {"low": float(low), "high": float(high)}

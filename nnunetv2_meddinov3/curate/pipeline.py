@@ -19,6 +19,7 @@ from nnunetv2_meddinov3.curate.leakage import (
     check_benchmarks,
     check_store,
 )
+from nnunetv2_meddinov3.curate.modalities import check_modality
 from nnunetv2_meddinov3.curate.patients import compiled, named_by
 from nnunetv2_meddinov3.curate.privacy import Names
 from nnunetv2_meddinov3.curate.report import write_report
@@ -146,6 +147,7 @@ def curate(
     shard: tuple[int, int] = (0, 1),
     exclude: Sequence[Path | str] = (),
     patients: str | None = None,
+    modality: str | None = None,
     hide_paths: bool = False,
     pixel_spacing_mm: float | None = None,
     size: int | None = None,
@@ -171,6 +173,8 @@ def curate(
         exclude: What must not enter, see ``leakage.build_guard``.
         patients: Regular expression whose first group, or whole match, is the patient in the name
             of a file or case, see ``patients.named_by``; also of what has entered before.
+        modality: Of volumes that do not say theirs, one of ``modalities.MODALITIES``; values that
+            are no HU outrank ``"CT"``.
         hide_paths: Store keyed hashes instead of the names of files and folders; for the lifetime
             of a store.
         pixel_spacing_mm: In-plane spacing to resample to; None keeps the native one.
@@ -189,6 +193,7 @@ def curate(
     start = time.monotonic()
     rules = SliceRules(pixel_spacing_mm, size, min_gap_mm, keep_flagged)
     _check_numbers(workers, shard)
+    check_modality(modality)
     pattern = None if patients is None else compiled(patients)
     arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
     found, refused = find_sources(arguments)
@@ -207,7 +212,7 @@ def curate(
     options = rules.options() | ({"hide_paths": True} if hide_paths else {})
     writer = StoreWriter(Path(store).absolute(), options)
     names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
-    job = Job(writer, rules, guard, names, names_patients=pattern is not None)
+    job = Job(writer, rules, guard, names, pattern is not None, modality)
 
     summary = Summary()
     for key, reason in refused:

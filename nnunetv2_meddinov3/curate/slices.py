@@ -6,25 +6,23 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from nnunetv2_meddinov3.curate.resampling import resample_slices
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, counted
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
+from nnunetv2_meddinov3.store.mapping import INT16, STORED_HIGH, Mapping, mapping_of
 from nnunetv2_meddinov3.store.records import SliceRecord
 
-INT16 = np.iinfo(np.int16)
 BODY_ABOVE_HU = -500  # fat is about -100, aerated lung about -850, air -1000
 BODY_ABOVE = 0.1  # of the way from low to high, for values that are not HU
 AIR_ONLY_BELOW = 0.005  # of the pixels: 1300 of 512 x 512, about what a bare table covers
 TOP_OF_12_BITS_HU = 3071  # 4095 - 1024: where a 12-bit scanner stops
 HASH_WINDOW_HU = (-500.0, 500.0)
 MIN_SIDE = 16  # pixels: one patch of the network
-STORED_HIGH = 16384  # of int16 for the 99.5th percentile of MR: room for as much again above it
 PADDING_BELOW_HU = -1024  # no reconstruction gives less: it was filled in
 PADDING_FROM = 0.01  # of the pixels
 POSITION_TOLERANCE_MM = 1e-3
@@ -116,34 +114,56 @@ class Stack:
 def stack_slices(volume: Volume) -> Stack:
     """Convert a volume to int16 and find the slices that cannot enter or show nothing.
 
-    HU are rounded to whole numbers and never clipped: a slice that holds NaN, infinity or a number
-    beyond int16 is broken. Numbers that are not HU stay as they are if they are whole and fit;
-    otherwise the volume is mapped linearly so that its 0.5th percentile becomes 0 and its 99.5th
-    16384, and clipped to int16.
+    HU and 8-bit pictures are rounded to whole numbers and never clipped: a slice that holds NaN,
+    infinity or a number beyond int16 is broken. All other volumes, of whatever numbers, are mapped
+    linearly by their percentiles, see ``store.mapping``.
 
     Raises:
-        Unreadable: If a volume that must be mapped has no contrast between its percentiles.
+        Unreadable: If a volume that must be mapped has no contrast.
     """
-    array, broken, fractional = _rounded(volume.array)
     intensity, notes = volume.intensity, volume.notes
-    if intensity is None:
-        if fractional:
+    if intensity is None or volume.windowed:
+        array, broken, fractional = _rounded(volume.array)
+        if intensity is not None:
+            ends = {"stored_low": intensity["low"], "stored_high": intensity["high"]}
+            intensity = {**intensity, **ends}
+        elif fractional:
             notes = (*notes, "values rounded to whole numbers")
     else:
-        low, high = intensity["low"], intensity["high"]
-        if fractional or any(reason.startswith("outside") for reason in broken.values()):
-            array, broken = _mapped(volume.array, low, high)
-            notes = (*notes, f"values from {low:g} to {high:g} mapped to 0 to {STORED_HIGH}")
-            stored_low, stored_high = 0.0, float(STORED_HIGH)
-        else:
-            stored_low, stored_high = float(low), float(high)
-        intensity = {**intensity, "stored_low": stored_low, "stored_high": stored_high}
+        mapping = Mapping(intensity["low"], intensity["high"])
+        array, broken = _mapped(volume.array, mapping)
+        notes = (*notes, *_told(array, broken, mapping))
+        intensity = {**mapping.facts(), **intensity}
     scale = _scale(volume.windowed, intensity)
     empty = {}
     for z, image in enumerate(array):
         if z not in broken and (reason := _emptiness(image, scale)):
             empty[z] = reason
     return Stack(array, broken, empty, scale, intensity, notes)
+
+
+def in_another_way(volume: Volume) -> np.ndarray | None:
+    """Return the slices of values that are not HU as another store may hold them.
+
+    They are mapped where they were an 8-bit picture, which a copy that says its modality is not,
+    else as whole numbers, as in stores of before. None for HU, and where there is no other way.
+    """
+    if volume.intensity is None:
+        return None
+    if volume.windowed:
+        mapping = mapping_of(volume.array)
+        return _mapped(volume.array, mapping)[0] if mapping.has_contrast else None
+    array, broken, fractional = _rounded(volume.array)
+    return None if fractional or broken else array
+
+
+def _told(array: np.ndarray, broken: dict[int, str], mapping: Mapping) -> list[str]:
+    """Return remarks on what was mapped to what, and on what was clipped."""
+    told = [f"values from {mapping.low:g} to {mapping.high:g} mapped to 0 to {STORED_HIGH}"]
+    good = array[[z for z in range(len(array)) if z not in broken]]
+    if share := fraction((good == INT16.min) | (good == INT16.max)) if good.size else 0.0:
+        told.append(f"values far beyond them clipped ({share:.2%} of the voxels)")
+    return told
 
 
 def _rounded(values: np.ndarray) -> tuple[np.ndarray, dict[int, str], bool]:
@@ -167,20 +187,18 @@ def _rounded(values: np.ndarray) -> tuple[np.ndarray, dict[int, str], bool]:
     return array, broken, fractional
 
 
-def _mapped(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, dict[int, str]]:
-    """Return slices with low..high mapped to 0..STORED_HIGH, and those that are not finite."""
-    if not high > low:
-        raise Unreadable(
-            f"shows no contrast: its 0.5th and 99.5th percentiles are {low:g} and {high:g}"
-        )
+def _mapped(values: np.ndarray, mapping: Mapping) -> tuple[np.ndarray, dict[int, str]]:
+    """Return mapped slices, and those that are not finite."""
+    broken = {z: reason for z, image in enumerate(values) if (reason := _not_finite(image))}
     array = np.zeros(values.shape, dtype=np.int16)
-    broken = {}
-    for z, image in enumerate(values):
-        if reason := _not_finite(image):
-            broken[z] = reason
-            continue
-        scaled = (image.astype(np.float64) - low) * (STORED_HIGH / (high - low))
-        array[z] = np.clip(np.rint(scaled), INT16.min, INT16.max)
+    good = [z for z in range(len(values)) if z not in broken]
+    if good and not mapping.has_contrast:
+        raise Unreadable(
+            f"shows no contrast: its 0.5th and 99.5th percentiles are {mapping.low:g} and "
+            f"{mapping.high:g}"
+        )
+    for z in good:
+        array[z] = mapping.stored(values[z])
     return array, broken
 
 
@@ -331,69 +349,3 @@ def _describe(
         hu_mean=float(image.mean(dtype=np.float64)),
         flags=flags,
     )
-
-
-def resample_slices(
-    slices: np.ndarray,
-    spacing: tuple[float, float, float] | None,
-    pixel_spacing_mm: float | None,
-    size: int | None,
-) -> tuple[np.ndarray, tuple[float, float, float] | None]:
-    """Resample every slice linearly to a pixel spacing, then to ``size`` x ``size`` pixels.
-
-    This is the geometry of MedDINOv3, sec. 3.2.
-
-    Both steps keep the field of view, the outer edges of the outermost pixels. Where a step
-    shrinks, the linear kernel is widened by the same factor, so that no pixel is passed over.
-    Nothing is resampled along z. Values are rounded to whole numbers once, at the end.
-
-    Args:
-        slices: (S, H, W) int16.
-        spacing: (z, y, x) of the slices in mm; needed for ``pixel_spacing_mm``.
-        pixel_spacing_mm: Spacing of the first step; None leaves it out.
-        size: Pixels per side after the second step; None leaves it out.
-
-    Returns:
-        The slices (S, H', W') int16 and their spacing (z, y, x) in mm, None where unknown.
-    """
-    extent = slices.shape[1:]
-    steps = [tuple(extent)]
-    if pixel_spacing_mm is not None and spacing is not None:
-        steps.append(
-            tuple(
-                max(1, round(pixels * mm / pixel_spacing_mm))
-                for pixels, mm in zip(extent, spacing[1:], strict=True)
-            )
-        )
-    if size is not None:
-        steps.append((size, size))
-    rows, columns = (_chain(tuple(step[axis] for step in steps)) for axis in (0, 1))
-    result = np.empty((len(slices), len(rows), len(columns)), dtype=np.int16)
-    for image, out in zip(slices, result, strict=True):
-        np.rint(rows @ image.astype(np.float32) @ columns.T, out=out, casting="unsafe")
-    if spacing is None:
-        return result, None
-    y, x = (
-        mm * before / after
-        for mm, before, after in zip(spacing[1:], extent, result.shape[1:], strict=True)
-    )
-    return result, (spacing[0], y, x)
-
-
-@lru_cache(maxsize=64)
-def _chain(lengths: tuple[int, ...]) -> np.ndarray:
-    """Return the matrix (last, first) that resamples an axis through these numbers of pixels."""
-    matrix = np.eye(lengths[0])
-    for before, after in pairwise(lengths):
-        if before != after:
-            matrix = _linear(before, after) @ matrix
-    return matrix.astype(np.float32)
-
-
-def _linear(before: int, after: int) -> np.ndarray:
-    """Return the matrix (after, before) of one linear step; its rows sum to 1."""
-    scale = before / after
-    centres = (np.arange(after) + 0.5) * scale - 0.5
-    distance = np.abs(centres[:, None] - np.arange(before)) / max(scale, 1.0)
-    weights = np.clip(1 - distance, 0, None)
-    return weights / weights.sum(axis=1, keepdims=True)

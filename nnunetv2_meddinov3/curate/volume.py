@@ -122,11 +122,12 @@ class Volume:
             as the file has them.
         spacing: (z, y, x) in mm, None where unknown (PNG).
         orientation: Axes of the file before reorientation, such as ``"RAI"``.
-        modality: ``"CT"``, ``"MR"`` or ``"unknown"``; None until the values were looked at.
-        windowed: True for 8-bit images, whose values are not HU.
+        modality: One of ``modalities.MODALITIES`` or ``"unknown"``; None until the values were
+            looked at.
+        windowed: True for 8-bit images, whose values are not HU, unless they are MR or the like.
         positions_mm: (S,) position of each slice along z in mm, None where unknown.
-        intensity: For values that are not HU ``{"low": ..., "high": ...}``, percentiles 0.5 and
-            99.5 of the foreground; None for CT in HU.
+        intensity: For values that are not HU the facts of their ``store.mapping.Mapping``, or the
+            ends ``{"low": 0, "high": 255}`` of 8-bit pictures; None for CT in HU.
         notes: Remarks for the record, such as ``"3 duplicate slices left out"``.
     """
 

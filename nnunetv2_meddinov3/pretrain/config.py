@@ -14,10 +14,17 @@ import yaml
 from pydantic import ValidationError
 
 from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.pretrain.earlier_keys import (
+    REMOVED,
+    refuse_other_than,
+    translate,
+    translated,
+)
 from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
     GLOBAL_CROPS,
     KINDS,
     Augment,
+    Contract,
     Crops,
     Data,
     Engine,
@@ -38,9 +45,6 @@ from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
 
 _SHIPPED = Path(__file__).parent / "configs"
 REFERENCE_BATCH = 512  # the batch at which the learning rates of configs hold
-# Keys of configs written before: what they are called now, or the only value they could have.
-_RENAMED = {"data.values": "data.modalities", "data.part": "data.split"}
-_REMOVED = {"crops.global_crops": GLOBAL_CROPS, "losses.gram.remove_negatives": False}
 LEFT_TO_THE_WEIGHTS = ("qkv_bias", "norm_eps", "rope_dtype")  # keys of model that may be None
 # What must hold, by pydantic's type of an error.
 _MUST_BE = {
@@ -93,10 +97,11 @@ def load_config(
 def from_yaml(text: str) -> StageConfig:
     """Return the config that ``to_yaml`` wrote, also an earlier version's.
 
-    One without ``data.near_excluded`` is of a time when flagged slices were trained on.
+    One without ``data.near_excluded`` is of a time when flagged slices were trained on, one without
+    ``intensity.normalised`` of a time when all stored numbers were taken for HU.
     """
     where = "the saved config"
-    values = _completed(_sections(text, where), near_excluded=True)
+    values = _completed(_sections(text, where), begun=True)
     return _checked(values, where)
 
 
@@ -220,34 +225,20 @@ def _sections(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _completed(values: dict[str, Any], near_excluded: bool | None = None) -> dict[str, Any]:
+def _completed(values: dict[str, Any], begun: bool = False) -> dict[str, Any]:
     """Return the defaults with a file's values over them, under today's keys.
 
     Args:
         values: Of the file.
-        near_excluded: What ``data.near_excluded`` is where the file does not say it.
+        begun: Whether a run saved it: what it does not say is then as it was before the key.
     """
-    for old, new in _RENAMED.items():
-        section, _, name = old.partition(".")
-        if isinstance(values.get(section), dict) and name in values[section]:
-            values[section].setdefault(new.partition(".")[2], values[section].pop(name))
-    for key, only in _REMOVED.items():
-        *parents, name = key.split(".")
-        inner: Any = values
-        for parent in parents:
-            inner = inner.get(parent) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and name in inner:
-            _refuse_other_than(key, inner.pop(name), only)
+    translate(values)
     merged = StageConfig().model_dump()
-    merged["data"]["near_excluded"] = near_excluded
+    if begun:
+        merged["data"] |= {"near_excluded": True, "modalities": ["hu"]}
+        merged["intensity"]["normalised"] = None
     _merge(merged, values)
     return merged
-
-
-def _refuse_other_than(key: str, value: Any, only: Any) -> None:
-    if value != only:
-        said = yaml.safe_dump(only).split("\n")[0]
-        raise UserError(f"{key} is no longer an option and must be {said}, got {value!r}.")
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
@@ -270,9 +261,10 @@ def _change(values: dict[str, Any], override: str, where: str) -> None:
         raise UserError(
             f"the value of {key} must be a number, a word or a list such as [1,2], got {text!r}."
         ) from error
-    if key in _REMOVED:
-        return _refuse_other_than(key, value, _REMOVED[key])
-    *parents, leaf = _RENAMED.get(key, key).split(".")
+    if key in REMOVED:
+        return refuse_other_than(key, value, REMOVED[key])
+    key, value = translated(key, value, values["intensity"]["hu"]["clip"])
+    *parents, leaf = key.split(".")
     inner: Any = values
     for i, part in enumerate(parents):
         if isinstance(inner, list):

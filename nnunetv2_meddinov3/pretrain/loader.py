@@ -15,15 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain.config import StageConfig
-from nnunetv2_meddinov3.pretrain.intensity import check_store
-from nnunetv2_meddinov3.pretrain.monitor.tracker import fixed_slices, spread_rows
+from nnunetv2_meddinov3.pretrain.intensity import (
+    check_store,
+    rows_of_kinds,
+    said_of_values,
+    with_kinds,
+)
+from nnunetv2_meddinov3.pretrain.monitor.tracker import FixedSlices, fixed_slices, spread_rows
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
+from nnunetv2_meddinov3.pretrain.views.photometric import Ends
 from nnunetv2_meddinov3.signals import leave_stopping_to_the_parent
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.reader import SliceStore
@@ -36,7 +41,8 @@ _EPOCH, _RESOLUTION, _VIEWS = range(3)
 def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
     """Open the store of a config and return the rows that are trained on.
 
-    Slices that look like an excluded one are left out unless ``data.near_excluded`` is true.
+    Slices that look like an excluded one are left out unless ``data.near_excluded`` is true, and
+    those of kinds that ``data.modalities`` does not name.
 
     Raises:
         UserError: If there is no store, it has no such split, or it cannot be trained on.
@@ -44,9 +50,7 @@ def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
     if not config.data.store:
         raise UserError("pretraining needs a slice store: give --store DIR (`meddinov3 curate`).")
     store = SliceStore(config.data.store)
-    rows = np.arange(len(store))
-    if config.data.split is not None:
-        rows = _rows_of_split(store, config.data.split)
+    rows = _rows(store, config)
     if not config.data.near_excluded:
         kept = rows[~is_near_excluded(store)[rows]]
         if len(rows) and not len(kept):
@@ -55,8 +59,15 @@ def open_store(config: StageConfig) -> tuple[SliceStore, np.ndarray]:
                 f"but all {len(rows)} do: set data.near_excluded=true to train on them."
             )
         rows = kept
+    rows = rows_of_kinds(store, rows, config)
     check_store(store, rows, config)
     return store, rows
+
+
+def _rows(store: SliceStore, config: StageConfig) -> np.ndarray:
+    if config.data.split is None:
+        return np.arange(len(store))
+    return _rows_of_split(store, config.data.split)
 
 
 def is_near_excluded(store: SliceStore) -> np.ndarray:
@@ -68,18 +79,32 @@ def is_near_excluded(store: SliceStore) -> np.ndarray:
     return flagged
 
 
-def said_of_near_excluded(config: StageConfig) -> str | None:
-    """Return a line on slices of the config's store that look like excluded ones, if any do."""
-    store = SliceStore(str(config.data.store))
-    flagged = is_near_excluded(store)
-    if config.data.split is not None:
-        flagged = flagged[_rows_of_split(store, config.data.split)]
-    if not (number := int(flagged.sum())):
-        return None
-    look = f"stage {config.stage}: {number} of {len(flagged)} slices look like an excluded one and"
-    if config.data.near_excluded:
-        return f"{look} are trained on (data.near_excluded=true)"
-    return f"{look} are left out (data.near_excluded=true takes them)"
+def said_of_slices(config: StageConfig) -> list[str]:
+    """Return lines on the slices of a stage: which are left out, and what the others hold.
+
+    Raises:
+        UserError: As ``open_store``.
+    """
+    store, rows = open_store(config)
+    everything = _rows(store, config)
+    flagged = is_near_excluded(store)[everything]
+    lines = []
+    if number := int(flagged.sum()):
+        look = (
+            f"stage {config.stage}: {number} of {len(flagged)} slices look like an excluded one and"
+        )
+        lines.append(
+            f"{look} are trained on (data.near_excluded=true)"
+            if config.data.near_excluded
+            else f"{look} are left out (data.near_excluded=true takes them)"
+        )
+    kept = everything if config.data.near_excluded else everything[~flagged]
+    if len(kept) > len(rows):
+        lines.append(
+            f"stage {config.stage}: {len(kept) - len(rows)} of {len(kept)} slices are of other "
+            "kinds than data.modalities names and are left out"
+        )
+    return [*lines, *said_of_values(store, rows, with_kinds(config, store, rows))]
 
 
 def _rows_of_split(store: SliceStore, name: str) -> np.ndarray:
@@ -102,16 +127,21 @@ def _rows_of_split(store: SliceStore, name: str) -> np.ndarray:
     return np.array(split["rows"][name], dtype=np.int64)
 
 
-def slices_to_follow(store: SliceStore, rows: np.ndarray, config: StageConfig) -> Tensor:
-    """Return a few slices of different volumes, (n, 1, H, W) in HU, the same for every run.
+def ends_of(store: SliceStore, row: int, config: StageConfig) -> Ends:
+    """Return which numbers of a slice are 0 and 1, None where it is in HU or is taken for it."""
+    return None if config.intensity.normalised is None else store.ends(row)
+
+
+def slices_to_follow(store: SliceStore, rows: np.ndarray, config: StageConfig) -> FixedSlices:
+    """Return a few slices of different volumes, the same for every run.
 
     Raises:
         UserError: If one cannot be read.
     """
-    chosen = spread_rows(_volumes(store, rows), store.rows["body_fraction"].to_numpy()[rows])
-    images = [store.image(int(rows[place])) for place in chosen]
-    low, high = config.intensity.clip_hu
-    return fixed_slices(images, (low, high))
+    places = spread_rows(_volumes(store, rows), store.rows["body_fraction"].to_numpy()[rows])
+    chosen = [int(rows[place]) for place in places]
+    images = [store.image(row) for row in chosen]
+    return fixed_slices(images, [ends_of(store, row, config) for row in chosen], config.intensity)
 
 
 def _volumes(store: SliceStore, rows: np.ndarray) -> np.ndarray:
@@ -202,9 +232,10 @@ class _Groups(Dataset):
 
     def __getitem__(self, group: Group) -> tuple[Group, Slices | ViewBatch] | _Failure:
         try:
-            slices = Slices.of([self.store.image(row) for row in group.rows])
+            images = [self.store.image(row) for row in group.rows]
         except UserError as error:
             return _Failure(error)
+        slices = Slices.of(images, [ends_of(self.store, row, self.config) for row in group.rows])
         return group, _views(slices, group, self.config) if self.makes_views else slices
 
 

@@ -16,7 +16,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.locks import locked
 from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
-from nnunetv2_meddinov3.pretrain.loader import open_store, said_of_near_excluded
+from nnunetv2_meddinov3.pretrain.loader import open_store, said_of_slices
 from nnunetv2_meddinov3.pretrain.provenance import write_provenance
 from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, INTERRUPTED, REPORT, stage_folder
 from nnunetv2_meddinov3.pretrain.stages import is_finished
@@ -58,8 +58,9 @@ def run(
             if is_finished(out, config.stage):
                 _say(runtime, stream, f"stage {config.stage} is finished: {folder / EXPORT}")
                 continue
-            if said := said_of_near_excluded(config):
-                _say(runtime, stream, said)
+            if runtime.is_main:
+                for line in said_of_slices(config):
+                    _say(runtime, stream, line)
             previous = None if config.stage == 1 else stage_folder(out, config.stage - 1)
             stage = Stage(config, folder, runtime, previous=previous, stream=stream)
             _check_later(stages[stages.index(config) + 1 :], stage)

@@ -17,10 +17,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import SIZES
 
-KINDS = {
+Kind = Literal["hu", "windowed", "mr", "other", "unknown"]
+KINDS: dict[str, str] = {
     "hu": "CT in HU",
     "windowed": "8-bit grey values whose HU are lost",
-    "mr": "MR, mapped to 0..16384",
+    "mr": "MR",
+    "other": "other modalities (PET, ultrasound, X-ray)",
     "unknown": "values of unknown meaning",
 }
 GLOBAL_CROPS = 2  # of an image, as in every DINO
@@ -213,33 +215,43 @@ def _two_different(values: list[float]) -> list[float]:
     return values
 
 
-class Intensity(Section):
-    """The intensity contract: what a network that was trained here expects of its input."""
+class Contract(Section):
+    """What is done to values: clipped, ``mean`` subtracted, divided by ``std``."""
 
-    clip_hu: Annotated[Range, AfterValidator(_two_different)] = [-1000.0, 1000.0]
-    mean_hu: float = 65.1084213256836
-    std_hu: Positive = 178.01663208007812
+    clip: Annotated[Range, AfterValidator(_two_different)]
+    mean: float
+    std: Positive
+
+
+class Intensity(Section):
+    """The intensity contracts: what a network that was trained here expects of its input."""
+
+    hu: Contract = Contract(clip=[-1000.0, 1000.0], mean=65.1084213256836, std=178.01663208007812)
+    # of all other values: 0 and 1 are the percentiles of a volume; None: runs of before took every
+    # stored number for HU
+    normalised: Contract | None = Contract(clip=[-0.25, 1.25], mean=0.4, std=0.27)
 
 
 class Augment(Section):
-    """Photometric changes of a view, in HU before normalisation; each drawn for each crop.
+    """Photometric changes of a view, before normalisation; each drawn for each crop.
 
-    ``*_probability`` is the share of crops that are changed. Gram crops are never changed.
+    ``*_probability`` is the share of crops that are changed; Gram crops never are. Values are
+    shares of the range of the contract's ``clip``, 2000 HU for CT.
     """
 
     window_probability: Share = 0.5
-    window_level_hu: Range = [-200.0, 200.0]
-    window_width_hu: Annotated[list[float], _ordered(1)] = [400.0, 2000.0]
+    window_level: Range = [0.4, 0.6]  # from the lower end of the range: -200 to 200 HU
+    window_width: Annotated[list[float], _ordered(1e-4)] = [0.2, 1.0]  # 400 to 2000 HU
     contrast_probability: Share = 0.15
     contrast: PositiveRange = [0.75, 1.25]  # factor about the mean
-    brightness_hu: Range = [-50.0, 50.0]  # added with it
+    brightness: Range = [-0.025, 0.025]  # added with it: -50 to 50 HU
     gamma_probability: Share = 0.1
     gamma: Annotated[list[float], _ordered(1e-2)] = [0.7, 1.5]
     # of the first global, the second global and the local crops
     blur_probability: Annotated[list[Share], AfterValidator(_three)] = [0.0, 0.9, 0.5]
     blur_sigma_pixels: PositiveRange = [0.1, 2.0]
     noise_probability: Share = 0.1
-    noise_sd_hu: PositiveRange = [0.0, 50.0]
+    noise_sd: PositiveRange = [0.0, 0.025]  # to 50 HU
     low_resolution_probability: Share = 0.25
     low_resolution: Annotated[list[float], _ordered(1e-2, 1)] = [0.5, 1.0]  # zoom factor
 
@@ -267,10 +279,9 @@ class Data(Section):
     MAY_CHANGE = frozenset({"store", "workers", "prefetch", "views_on"})  # slices are compared
 
     store: Text | None = None  # folder of `meddinov3 curate`
-    # kinds of slices that may be trained on (KINDS); a store with another kind is refused
-    modalities: Annotated[list[Literal["hu", "windowed", "mr", "unknown"]], Field(min_length=1)] = [
-        "hu"
-    ]
+    # kinds of slices that are trained on (KINDS); None: the store's, if it holds CT in HU, MR or
+    # other modalities alone
+    modalities: Annotated[list[Kind], Field(min_length=1)] | None = None
     split: Text | None = None  # name of a part of `meddinov3 store split`; None: all slices
     # whether slices that look like an excluded one (the flag of `meddinov3 curate`) are trained on;
     # None: no, but a stage that was begun goes on as it was begun

@@ -95,7 +95,10 @@ def stages_of(
 
 
 def settled(stages: tuple[StageConfig, ...], out: Path | None) -> tuple[StageConfig, ...]:
-    """Decide ``data.near_excluded`` where no config says it: a stage begun before keeps its slices.
+    """Decide what no config says where a run was begun: it goes on with the same slices and values.
+
+    That are ``data.near_excluded``, ``data.modalities``, and whether values that are not HU are
+    normalised, which runs of before did not do.
 
     Args:
         stages: In their order.
@@ -104,18 +107,26 @@ def settled(stages: tuple[StageConfig, ...], out: Path | None) -> tuple[StageCon
     Raises:
         UserError: If the config that a stage was begun with cannot be read.
     """
-    return tuple(_settled(config, out) for config in stages)
+    folders = {} if out is None else {stage: stage_folder(out, stage) for stage in (1, 2, 3)}
+    begun = {
+        stage: from_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+        for stage, folder in folders.items()
+        if (folder / CONFIG).is_file()
+    }
+    as_hu = any(config.intensity.normalised is None for config in begun.values())
+    return tuple(_settled(config, begun.get(config.stage), as_hu) for config in stages)
 
 
-def _settled(config: StageConfig, out: Path | None) -> StageConfig:
-    if config.data.near_excluded is not None:
-        return config
-    begun = None if out is None else stage_folder(out, config.stage) / CONFIG
-    before = None
-    if begun is not None and begun.is_file():
-        before = from_yaml(begun.read_text(encoding="utf-8")).data.near_excluded
-    data = config.data.model_copy(update={"near_excluded": bool(before)})
-    return config.model_copy(update={"data": data})
+def _settled(config: StageConfig, begun: StageConfig | None, as_hu: bool) -> StageConfig:
+    data, intensity = config.data, config.intensity
+    if data.near_excluded is None:
+        before = bool(begun is not None and begun.data.near_excluded)
+        data = data.model_copy(update={"near_excluded": before})
+    if data.modalities is None and begun is not None:
+        data = data.model_copy(update={"modalities": begun.data.modalities})
+    if as_hu:
+        intensity = intensity.model_copy(update={"normalised": None})
+    return config.model_copy(update={"data": data, "intensity": intensity})
 
 
 def check(stages: tuple[StageConfig, ...], out: Path | None) -> None:

@@ -17,7 +17,7 @@ from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml, with_archit
 from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
 from nnunetv2_meddinov3.pretrain.export import export_backbone, whole_backbone
-from nnunetv2_meddinov3.pretrain.intensity import intensity_of
+from nnunetv2_meddinov3.pretrain.intensity import intensity_of, with_kinds
 from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_to_follow
 from nnunetv2_meddinov3.pretrain.monitor.observer import Observer
 from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
@@ -67,6 +67,7 @@ class Stage:
 
         # data, and the checkpoint to go on from
         store, rows = open_store(config)
+        self.config = config = with_kinds(config, store, rows)
         self.store = store_provenance(store, rows)
         self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)
         latest = self.checkpoints.latest()
@@ -95,7 +96,6 @@ class Stage:
         tracker = FeatureTracker(
             slices_to_follow(store, rows, config),
             self.distillation.teacher,
-            config.intensity,
             folder,
             self.parallel.autocast,
         )

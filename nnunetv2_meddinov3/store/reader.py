@@ -88,6 +88,18 @@ class SliceStore:
         number = self._number(index)
         return self._read(number, self._value("file", number), self._value("slice", number))
 
+    def ends(self, index: int) -> tuple[float, float] | None:
+        """Return the stored numbers that stand for the low and the high end of a volume's values.
+
+        In normalised values they are 0 and 1. None where the numbers are HU, as those of a CT are.
+
+        Raises:
+            IndexError: If there is no such row.
+        """
+        number = self._number(index)
+        low, high = (self._value(f"intensity_stored_{end}", number) for end in ("low", "high"))
+        return None if low is None or high is None else (low, high)
+
     def _value(self, column: str, number: int) -> Any:
         return self._columns[column][number].as_py()
 

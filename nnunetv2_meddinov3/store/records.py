@@ -55,14 +55,16 @@ class VolumeRecord:
         source_sha256: Hash of the source's files.
         dataset: Dataset the source belongs to.
         patient: Patient or case within the dataset.
-        modality: ``"CT"``, ``"MR"`` or ``"unknown"``.
+        modality: ``"CT"``, ``"MR"``, ``"PT"``, ``"US"``, ``"XR"`` or ``"unknown"``.
         windowed: True where the values are 8-bit grey levels and not HU.
         spacing_mm: (z, y, x) of the stored array in mm, None where unknown.
         orientation: Axes of the source before it was brought to LPS.
         shape: (S, H, W) of the stored array.
         slices: One record for each slice of the array, in its order.
         left_out: (z, reason) of the slices that did not enter.
-        intensity: What the values mean where they are not HU, None for CT in HU.
+        intensity: What the values mean where they are not HU, None for CT in HU:
+            ``mapping.Mapping.facts``, of 8-bit pictures (and of whole numbers in stores of before)
+            ``low`` and ``high`` alone, as they were and as ``stored_low`` and ``stored_high``.
         notes: Remarks of reading.
         versions: Name to version of the tools that made the array.
         volume_id: Name of the array, see ``volume_identity``; filled in by the writer.

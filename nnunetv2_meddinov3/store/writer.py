@@ -69,13 +69,18 @@ class StoreWriter:
 
     def has(self, source_key: str, source_sha256: str) -> bool:
         """Return whether a source has entered as it is now, with its array in place."""
+        return self.present(source_key, source_sha256) is not None
+
+    def present(self, source_key: str, source_sha256: str) -> VolumeRecord | None:
+        """Return the record of a source that has entered as it is now, None if it has not."""
         path = self.folder / layout.RECORDS / layout.record_name(source_key)
         try:
             record = read_record(path)
             size = (self.folder / layout.array_name(record.volume_id)).stat().st_size
         except (FileNotFoundError, layout.Damaged):
-            return False
-        return record.source_sha256 == source_sha256 and size == record.array_bytes
+            return None
+        is_whole = record.source_sha256 == source_sha256 and size == record.array_bytes
+        return record if is_whole else None
 
     def name_patient(self, source_key: str, patient: str) -> None:
         """Correct the patient of a source that has entered.

@@ -97,8 +97,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         if pretrained is not None:
             fine_tuning.check_pretrained(pretrained, network)
         if checkpoint is not None:
-            channels = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
-            load_into(network, checkpoint.tensors, image_channels=len(channels))
+            load_into(network, checkpoint.tensors, image_channels=len(self._channel_names()))
         if network.autocast_dtype is torch.bfloat16:
             self.grad_scaler = None  # bf16 has the range of fp32
         fine_tuning.note_length(self.optimizer, self.num_epochs, self.num_iterations_per_epoch)
@@ -138,7 +137,13 @@ class MedDINOv3Trainer(nnUNetTrainer):
         elif self.local_rank == 0:
             self.print_to_log_file(f"The ViT starts from {checkpoint.report()}.")
             self.print_to_log_file(f"Licence of these weights: {checkpoint.licence}.")
+            if said := fine_tuning.said_of_values(checkpoint.metadata, self._channel_names()):
+                self.print_to_log_file(said)
         return checkpoint
+
+    def _channel_names(self) -> list[str]:
+        names = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
+        return [str(name) for name in names.values()]
 
     def _fold(self, entry: dict[str, Any]) -> folds.Fold:
         return folds.Fold(

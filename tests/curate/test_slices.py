@@ -151,11 +151,16 @@ def test_thinning_counts_from_slices_that_enter_and_allows_rounding():
     assert [record.z for record in result.records] == [1, 2, 3, 4]
 
 
-def test_mr_that_fits_stays_as_it_is_and_keeps_its_contract():
+def test_whole_and_fractional_mr_are_mapped_alike_and_can_be_mapped_back():
     array = np.tile(np.arange(400).reshape(20, 20), (2, 1, 1)).astype(np.float32)
-    stack = stack_slices(volume_of(array, {"low": 2.0, "high": 398.0}, "MR"))
-    np.testing.assert_array_equal(stack.array, array)
-    assert stack.intensity == {"low": 2.0, "high": 398.0, "stored_low": 2.0, "stored_high": 398.0}
+    for factor in (1, 0.37, 900):
+        values = (array * factor).astype(np.float32)
+        stack = stack_slices(volume_of(values, {"low": 0.0, "high": 256.0 * factor}, "MR"))
+        np.testing.assert_array_equal(stack.array, array * 64)
+        facts = stack.intensity
+        assert (facts["stored_low"], facts["stored_high"]) == (0.0, 16384.0)
+        back = stack.array * facts["slope"] + facts["intercept"]
+        np.testing.assert_allclose(back, values, rtol=0, atol=facts["slope"] / 2 + 1e-3 * factor)
 
 
 def test_fractional_mr_is_mapped_by_its_contract_and_clipped_far_above():
@@ -165,7 +170,10 @@ def test_fractional_mr_is_mapped_by_its_contract_and_clipped_far_above():
     np.testing.assert_array_equal(stack.array[0, 0, :6], [0, 4096, 8192, 16384, 32767, -4096])
     assert stack.intensity["stored_low"] == 0
     assert stack.intensity["stored_high"] == 16384
-    assert stack.notes == ("values from 0.25 to 1.25 mapped to 0 to 16384",)
+    assert stack.notes == (
+        "values from 0.25 to 1.25 mapped to 0 to 16384",
+        "values far beyond them clipped (0.25% of the voxels)",
+    )
 
 
 def test_fractional_mr_without_contrast_cannot_enter():

@@ -31,6 +31,18 @@ STAGES = ("stage1", "stage2_gram", "stage3_highres")
 # Recorded when each size and stage had a complete file of its own.
 TWELVE = json.loads((HERE / "twelve_configs.json").read_text(encoding="utf-8"))
 RENAMED = {"data.values": "data.modalities", "data.part": "data.split"}
+RENAMED |= {f"intensity.{name}_hu": f"intensity.hu.{name}" for name in ("clip", "mean", "std")}
+RENAMED |= {
+    f"augment.{name}_hu": f"augment.{name}"
+    for name in ("window_level", "window_width", "brightness", "noise_sd")
+}
+SHARES = {  # of -1000 to 1000 HU
+    "augment.window_level": [0.4, 0.6],  # -200 to 200
+    "augment.window_width": [0.2, 1.0],  # 400 to 2000
+    "augment.brightness": [-0.025, 0.025],  # -50 to 50
+    "augment.noise_sd": [0.0, 0.025],  # 0 to 50
+}
+NORMALISED = {"clip": [-0.25, 1.25], "mean": 0.4, "std": 0.27}
 REMOVED = {"crops.global_crops": 2, "losses.gram.remove_negatives": False}
 
 
@@ -45,7 +57,10 @@ def test_a_size_and_a_stage_make_the_config_that_was_one_file(name):
     before = TWELVE["all"] | TWELVE[name]
     assert {key: before.pop(key) for key in REMOVED} == REMOVED
     wanted = {RENAMED.get(key, key): value for key, value in before.items()}
-    wanted["data.near_excluded"] = None  # which did not exist
+    wanted |= {"data.near_excluded": None, "data.modalities": None}  # left to the run
+    wanted |= {f"intensity.normalised.{key}": value for key, value in NORMALISED.items()}  # new
+    assert wanted["augment.window_level"] == [-200, 200]
+    wanted |= SHARES
     assert flatten(load_config(name).model_dump()) == wanted
 
 
@@ -146,7 +161,10 @@ def test_the_papers_values_are_in_the_configs(size):
         ("augment.blur_probability=[0.5]", "augment.blur_probability must be three numbers"),
         ("augment.gamma=[2,1]", "augment.gamma must be two numbers in order"),
         ("optim.lr.warmup_steps=1000", "at most the 400 steps"),
-        ("data.modalities=[ct]", "data.modalities.0 must be one of hu, windowed, mr, unknown, got"),
+        (
+            "data.modalities=[ct]",
+            "data.modalities.0 must be one of hu, windowed, mr, other, unknown, got",
+        ),
         ("data.modalities=[]", r"data.modalities must be a list of at least 1, got \[\]"),
         ("data.valuez=[hu]", "unknown key data.valuez in tiny_stage1: known here: store, modal"),
         ("crops.global_crops=3", "crops.global_crops is no longer an option and must be 2, got 3"),
@@ -243,7 +261,14 @@ def test_a_config_of_an_earlier_version_still_loads(tmp_path):
     )
     of_a_run = from_yaml(before)
     assert of_a_run.data.near_excluded is True  # as its slices were before the key existed
-    assert differences(of_a_run, wanted) == ["data.near_excluded is None instead of True"]
+    assert of_a_run.intensity.normalised is None  # all stored numbers were taken for HU
+    assert differences(of_a_run, wanted) == [
+        "data.near_excluded is None instead of True",
+        *(
+            f"intensity.normalised.{key} is {value} instead of None"
+            for key, value in NORMALISED.items()
+        ),
+    ]
     (tmp_path / "config.yaml").write_text(before)
     assert load_config(str(tmp_path / "config.yaml"), ["data.part=train"]) == wanted
     assert load_config(str(tmp_path / "config.yaml"), ["crops.global_crops=2"]) == wanted

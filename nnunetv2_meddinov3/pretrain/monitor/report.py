@@ -15,6 +15,7 @@ from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
 from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS
 from nnunetv2_meddinov3.pretrain.monitor.tracker import (
+    WINDOW_HU,
     Moment,
     load_moments,
     pca_maps,
@@ -22,7 +23,6 @@ from nnunetv2_meddinov3.pretrain.monitor.tracker import (
 )
 from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 
-WINDOW_HU = (-160, 240)  # soft tissue
 _BODY_HU = -300  # a pixel above it shows the body
 _COLUMNS = 3  # panels beside each other
 _COLOURS = {"student": "#4477aa", "teacher": "#cc6677"}
@@ -159,7 +159,7 @@ def _features(moments: list[Moment]) -> list[Section]:
         return []
     colours, similarities = draw_maps(moments)
     steps = ", ".join(str(moment.step) for moment in moments)
-    grid = f"{_count(len(moments[-1].slices_hu), 'slice')}, a row each, at the steps {steps}"
+    grid = f"{_count(len(moments[-1].slices), 'slice')}, a row each, at the steps {steps}"
     return [
         Section(
             "Features of the teacher",
@@ -260,7 +260,7 @@ def draw_maps(moments: list[Moment]) -> tuple[Figure, Figure]:
         Slices as rows and steps as columns, twice; in the second the cross is the patch to which
         every other is compared.
     """
-    slices = moments[-1].slices_hu
+    slices = moments[-1].slices
     places = [_place(s, p.shape[:2]) for s, p in zip(slices, moments[-1].patches, strict=True)]
     (left, colour_axes), (right, similarity_axes) = _grid(moments), _grid(moments)
     maps = pca_maps([moment.patches for moment in moments])
@@ -278,7 +278,7 @@ def draw_maps(moments: list[Moment]) -> tuple[Figure, Figure]:
 
 def _grid(moments: list[Moment]) -> tuple[Figure, np.ndarray]:
     """A figure of axes, slices as rows; the first column shows the slices themselves."""
-    slices = moments[-1].slices_hu
+    slices = moments[-1].slices
     rows, columns = len(slices), len(moments) + 1
     figure = Figure(figsize=(1.9 * columns, 2.0 * rows + 0.3), layout="constrained")
     axes: np.ndarray = figure.subplots(rows, columns, squeeze=False)

@@ -19,9 +19,15 @@ from nnunetv2_meddinov3.files import replacing
 from nnunetv2_meddinov3.pretrain.config import Intensity
 from nnunetv2_meddinov3.pretrain.monitor.health import gram_distance
 from nnunetv2_meddinov3.pretrain.student import Student
-from nnunetv2_meddinov3.pretrain.views.photometric import normalise
+from nnunetv2_meddinov3.pretrain.views.photometric import (
+    Ends,
+    contract_of,
+    normalise,
+    normalised,
+)
 
 MAPS = "maps"
+WINDOW_HU = (-160, 240)  # soft tissue, in which slices are shown
 TRACKED_SLICES = 4
 TRACKED_PIXELS = 256  # side at which slices are shown to the teacher
 
@@ -31,42 +37,52 @@ class Moment(NamedTuple):
 
     Attributes:
         step: Steps done.
-        slices_hu: The slices, in HU.
+        slices: To be looked at: HU, and other values as ``FixedSlices.shown`` has them.
         patches: The teacher's patch tokens.
     """
 
     step: int
-    slices_hu: Int[np.ndarray, "slice height width"]
+    slices: Int[np.ndarray, "slice height width"]
     patches: Float[np.ndarray, "slice row column dim"]
+
+
+class FixedSlices(NamedTuple):
+    """The slices that are followed.
+
+    Attributes:
+        inputs: As the network sees them.
+        shown: As a reader sees them: HU, and normalised values from 0 to 1 as ``WINDOW_HU``.
+    """
+
+    inputs: Float[Tensor, "slice 1 height width"]
+    shown: Float[Tensor, "slice 1 height width"]
 
 
 class FeatureTracker:
     """Shows the same slices to the teacher at every moment, so that what changes is the network.
 
     Args:
-        slices_hu: In HU.
+        slices: As they are shown to the teacher and to a reader.
         teacher: Whose features are tracked.
-        intensity: How slices are normalised.
         folder: Of the stage.
         autocast: Context in which the teacher is run.
     """
 
     def __init__(
         self,
-        slices_hu: Float[Tensor, "slice 1 height width"],
+        slices: FixedSlices,
         teacher: Student,
-        intensity: Intensity,
         folder: Path,
         autocast: Callable[[], AbstractContextManager],
     ) -> None:
-        self.slices_hu, self.teacher, self.folder = slices_hu, teacher, folder
-        self._intensity, self._autocast = intensity, autocast
+        self.slices, self.teacher, self.folder = slices, teacher, folder
+        self._autocast = autocast
         self._first: Tensor | None = None
 
     @torch.no_grad()
     def tokens(self, device: torch.device) -> Float[Tensor, "slice row column dim"]:
         """Return the teacher's patch tokens; every rank must call this."""
-        crops = normalise(self.slices_hu.to(device), self._intensity)
+        crops = self.slices.inputs.to(device)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         patch = self.teacher.backbone.patch_size
         with self._autocast():
@@ -79,7 +95,7 @@ class FeatureTracker:
         Raises:
             UserError: If it cannot be written.
         """
-        save_moment(self.folder, step, self.slices_hu, tokens)
+        save_moment(self.folder, step, self.slices.shown, tokens)
 
     def drift(self, tokens: Float[Tensor, "slice row column dim"]) -> float | None:
         """Return how far patch similarities are from the stage's start; None without one."""
@@ -114,27 +130,31 @@ def spread_rows(
     return sorted(chosen)
 
 
-def fixed_slices(
-    images: list[np.ndarray], clip_hu: tuple[float, float]
-) -> Float[Tensor, "slice 1 height width"]:
+def fixed_slices(images: list[np.ndarray], ends: list[Ends], intensity: Intensity) -> FixedSlices:
     """Resize slices to squares of ``TRACKED_PIXELS``.
 
     Args:
-        images: (height, width) each, in HU.
-        clip_hu: Range that is kept.
+        images: (height, width) each, as stored.
+        ends: Of each the stored numbers that are 0 and 1 in normalised values, None for HU.
+        intensity: How slices are clipped and normalised.
     """
-    out = []
-    for image in images:
+    inputs, shown = [], []
+    for image, own in zip(images, ends, strict=True):
         x = torch.from_numpy(np.ascontiguousarray(image)).float()[None, None]
         size = (TRACKED_PIXELS, TRACKED_PIXELS)
-        out.append(F.interpolate(x, size, mode="bicubic", antialias=True)[0])
-    return torch.stack(out).clamp(*clip_hu)
+        contract = contract_of(own, intensity)
+        x = x if own is None else normalised(x, own)
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)[0].clamp(*contract.clip)
+        inputs.append(normalise(x, contract))
+        low, high = WINDOW_HU
+        shown.append(x if own is None else low + x * (high - low))
+    return FixedSlices(torch.stack(inputs), torch.stack(shown))
 
 
 def save_moment(
     folder: Path,
     step: int,
-    slices_hu: Float[Tensor, "slice 1 height width"],
+    slices: Float[Tensor, "slice 1 height width"],
     patches: Float[Tensor, "slice row column dim"],
 ) -> None:
     """Write a moment to ``maps/``.
@@ -142,7 +162,7 @@ def save_moment(
     Args:
         folder: Of the stage.
         step: Steps done.
-        slices_hu: As they were shown, in HU.
+        slices: As ``FixedSlices.shown``.
         patches: Patch tokens of the teacher.
 
     Raises:
@@ -154,7 +174,7 @@ def save_moment(
         with part.open("wb") as file:
             np.savez_compressed(
                 file,
-                slices=slices_hu[:, 0].to(torch.int16).cpu().numpy(),
+                slices=slices[:, 0].to(torch.int16).cpu().numpy(),
                 patches=patches.to(torch.float16).cpu().numpy(),
             )
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.models.contracts import HU, NORMALISED
 from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
+from nnunetv2_meddinov3.store.mapping import mapping_of
 
 DEFAULT_SIZE = 224  # pixels
 DEFAULT_SLICES = 8  # of a case
@@ -26,7 +28,7 @@ _HELD_OUT = 1 / 3  # of the patients, where no split is given
 
 
 class _Slice(NamedTuple):
-    hu: Float[np.ndarray, "height width"]
+    values: Float[np.ndarray, "height width"]
     masks: Bool[np.ndarray, "structure height width"]
     ignored: Bool[np.ndarray, "height width"]
 
@@ -36,7 +38,7 @@ class ProbeData:
     """Slices with masks, in memory.
 
     Attributes:
-        images: In HU, squares.
+        images: Squares, in the unit.
         masks: Where each structure is.
         ignored: Pixels under nnU-Net's ignore label: what they show is not known, so they count
             neither as a structure nor as background.
@@ -44,6 +46,7 @@ class ProbeData:
         patients: Of each slice.
         is_held_out: No patient is on both sides.
         name: Of the dataset.
+        unit: ``"HU"`` or ``"normalised"``: by the percentiles of a volume, which become 0 and 1.
     """
 
     images: Float[Tensor, "slice 1 size size"]
@@ -53,6 +56,7 @@ class ProbeData:
     patients: list[str]
     is_held_out: Bool[np.ndarray, " slice"]
     name: str
+    unit: str = HU
 
     @classmethod
     def from_nnunet(
@@ -89,9 +93,12 @@ class ProbeData:
         cases = _cases(dataset)
         names = {case: _patient(case, patients) for case in cases}
         held_out = _split(dataset.folder, names, seed)
+        # as nnU-Net has it: values are HU where the channel is called CT
+        is_ct = "ct" in re.split(r"[^a-z0-9]+", dataset.channel_names.get(0, "").lower())
+        unit = HU if is_ct else NORMALISED
         slices, whose, is_held_out = [], [], []
         for case, (image, label) in cases.items():
-            for each in _read_case(image, label, dataset, slices_per_case):
+            for each in _read_case(image, label, dataset, unit, slices_per_case):
                 slices.append(_resized(each, size))
                 whose.append(names[case])
                 is_held_out.append(case in held_out)
@@ -106,6 +113,7 @@ class ProbeData:
             whose,
             np.array(is_held_out),
             dataset.name,
+            unit,
         )
 
 
@@ -184,9 +192,14 @@ def _validation_cases(path: Path) -> set[str]:
         raise UserError(f"{path} must be nnU-Net's list of folds, but it is not.") from error
 
 
-def _read_case(image: Path, label: Path, dataset: RawDataset, count: int) -> list[_Slice]:
-    """Read some axial slices of a case."""
+def _read_case(
+    image: Path, label: Path, dataset: RawDataset, unit: str, count: int
+) -> list[_Slice]:
+    """Read some axial slices of a case, in HU or normalised by the whole volume."""
     values, labels = _read_pair(image, label)
+    if unit == NORMALISED:
+        mapping = mapping_of(values)
+        values = mapping.normalised(values) if mapping.has_contrast else np.zeros(values.shape)
     masks = np.stack([np.isin(labels, each) for each in dataset.labels.values()], axis=1)
     ignored = np.zeros(labels.shape, bool) if dataset.ignore is None else labels == dataset.ignore
     known = ~ignored.all(axis=(1, 2))  # a slice without a known label says nothing
@@ -238,7 +251,7 @@ def _resized(each: _Slice, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
     A pixel shows a structure if half of what is known of it does, and is ignored if nothing is.
     """
-    image = _square(torch.from_numpy(each.hu)[None], fill=float(each.hu.min()))
+    image = _square(torch.from_numpy(each.values)[None], fill=float(each.values.min()))
     image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
     layers = np.concatenate([each.masks, each.ignored[None]])
     shares = _square(torch.from_numpy(layers).float(), fill=0)

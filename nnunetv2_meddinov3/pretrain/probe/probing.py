@@ -17,9 +17,11 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import backbone_from
+from nnunetv2_meddinov3.models.contracts import contracts_of
 from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint, resolve_source
 from nnunetv2_meddinov3.pretrain.checkpoints import state_of
 from nnunetv2_meddinov3.pretrain.config import Intensity
+from nnunetv2_meddinov3.pretrain.intensity import contract_in
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,
@@ -89,7 +91,8 @@ def run_probe(
     Args:
         backbone: Any; put into evaluation mode.
         data: Slices and masks.
-        intensity: Contract of the weights (``clip``, ``mean``, ``std`` in HU); None: the release's.
+        intensity: What the weights state of their contracts; the default where they have none for
+            the unit of the data, for HU that of the release.
         device: Where features are computed.
         seed: Of everything that is drawn.
 
@@ -178,12 +181,12 @@ class _HeldOut:
 def _features(
     backbone: Backbone,
     data: ProbeData,
-    contract: dict[str, Any] | None,
+    stated: dict[str, Any] | None,
     device: torch.device | str,
 ) -> tuple[Float[Tensor, "slice dim"], Float[Tensor, "slice row column wide"]]:
     """Return cls tokens of the last block and patch tokens of four depths side by side."""
-    plain = Intensity()
-    contract = contract or {"clip": plain.clip_hu, "mean": plain.mean_hu, "std": plain.std_hu}
+    plain = contract_in(data.unit, Intensity()).model_dump()
+    contract = contracts_of(stated).get(data.unit, plain)
     backbone = backbone.eval().to(device)
     grid = data.images.shape[-1] // backbone.patch_size
     layers = default_layers(backbone.depth)

@@ -12,11 +12,18 @@ from jaxtyping import Float, Int16
 from torch import Tensor
 
 from nnunetv2_meddinov3.models.architecture import SIZES
-from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Resolution, StageConfig
+from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Contract, Resolution, StageConfig
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.views.geometry import Box, crop_and_resize, draw_box
 from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
-from nnunetv2_meddinov3.pretrain.views.photometric import apply_photometric, normalise
+from nnunetv2_meddinov3.pretrain.views.photometric import (
+    Ends,
+    apply_photometric,
+    by_contract,
+    contract_of,
+    normalise,
+    normalised,
+)
 
 
 @dataclass
@@ -24,29 +31,39 @@ class Slices:
     """Slices of different sizes in one tensor.
 
     Attributes:
-        values: In HU; smaller slices are padded below and to the right.
+        values: As stored; smaller slices are padded below and to the right.
         sizes: (height, width) of each in pixels.
+        ends: Of each the stored numbers that are 0 and 1 in normalised values, None for HU.
     """
 
     values: Int16[Tensor, "slice height width"]
     sizes: list[tuple[int, int]]
+    ends: list[Ends]
 
     @classmethod
-    def of(cls, arrays: Sequence[np.ndarray]) -> Slices:
-        """Pad some (h, w) int16 arrays to one size."""
+    def of(cls, arrays: Sequence[np.ndarray], ends: Sequence[Ends] | None = None) -> Slices:
+        """Pad some (h, w) int16 arrays to one size; without ``ends`` all are in HU."""
         sizes = [(int(a.shape[0]), int(a.shape[1])) for a in arrays]
         padded = np.zeros((len(arrays), *np.max(sizes, axis=0)), np.int16)
         for place, array in zip(padded, arrays, strict=True):
             place[: array.shape[0], : array.shape[1]] = array
-        return cls(torch.from_numpy(padded), sizes)
+        return cls(torch.from_numpy(padded), sizes, list(ends or [None] * len(sizes)))
 
     def to(self, device: torch.device) -> Slices:
         """Return the slices on a device."""
-        return Slices(self.values.to(device, non_blocking=True), self.sizes)
+        return Slices(self.values.to(device, non_blocking=True), self.sizes, self.ends)
 
     def pin_memory(self) -> Slices:
         """Return the slices in memory that a GPU reads without waiting."""
-        return Slices(self.values.pin_memory(), self.sizes)
+        return Slices(self.values.pin_memory(), self.sizes, self.ends)
+
+    def in_units(self) -> Float[Tensor, "slice height width"]:
+        """Return HU as they are stored, and other values normalised."""
+        values = self.values.float()
+        for number, ends in enumerate(self.ends):
+            if ends is not None:
+                values[number] = normalised(values[number], ends)
+        return values
 
 
 def make_views(
@@ -86,7 +103,8 @@ def _make_views(
 ) -> ViewBatch:
     noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
     crops, b = config.crops, len(slices.sizes)
-    values = slices.values.float()
+    values = slices.in_units()
+    contracts = [contract_of(ends, config.intensity) for ends in slices.ends]
     boxes = {
         "global": _boxes(slices, GLOBAL_CROPS, crops.global_scale, config, generator),
         "local": _boxes(slices, crops.local_crops, crops.local_scale, config, generator),
@@ -97,15 +115,16 @@ def _make_views(
         own = boxes["global"][i * b : (i + 1) * b]
         cut = crop_and_resize(values, numbers, own, resolution.global_size)
         blur = config.augment.blur_probability[i]
-        views.append(_finish(cut, blur, config, generator, noise))
+        views.append(_finish(cut, contracts, blur, config, generator, noise))
     local = crop_and_resize(
         values, numbers * crops.local_crops, boxes["local"], resolution.local_size
     )
-    local = _finish(local, config.augment.blur_probability[2], config, generator, noise)
+    blur = config.augment.blur_probability[2]
+    local = _finish(local, contracts * crops.local_crops, blur, config, generator, noise)
     gram = None
     if resolution.gram_size is not None and config.losses.gram.weight is not None:
         cut = crop_and_resize(values, numbers * GLOBAL_CROPS, boxes["global"], resolution.gram_size)
-        gram = normalise(cut, config.intensity)
+        gram = by_contract(cut, contracts * GLOBAL_CROPS, normalise)
     side = resolution.global_size // SIZES[config.model.size].patch_size
     masks = draw_masks(
         GLOBAL_CROPS * b,
@@ -135,12 +154,18 @@ def _boxes(
 
 def _finish(
     crops: Float[Tensor, "crop 1 height width"],
+    contracts: list[Contract],
     blur_probability: float,
     config: StageConfig,
     generator: np.random.Generator,
     noise: torch.Generator,
 ) -> Float[Tensor, "crop 1 height width"]:
-    changed = apply_photometric(
-        crops, config.augment, config.intensity, blur_probability, generator, noise
-    )
-    return normalise(changed, config.intensity)
+    """Change crops and normalise them, each by its contract."""
+
+    def finished(some: Tensor, contract: Contract) -> Tensor:
+        changed = apply_photometric(
+            some, config.augment, contract, blur_probability, generator, noise
+        )
+        return normalise(changed, contract)
+
+    return by_contract(crops, contracts, finished)

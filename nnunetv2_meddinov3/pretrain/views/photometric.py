@@ -1,7 +1,7 @@
-"""Photometric changes of crops, in HU; each is drawn for each crop.
+"""Photometric changes of crops, in units of a contract; each is drawn for each crop.
 
 They stand in for DINO's colour jitter, blur and solarisation: torchvision's jitter clamps float
-images to [0, 1], and hue or solarisation mean nothing for CT.
+images to [0, 1], and hue or solarisation mean nothing for CT or MR.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunetv2_meddinov3.pretrain.config import Augment, Intensity
+from nnunetv2_meddinov3.pretrain.config import Augment, Contract, Intensity
 
 _Crops = Float[Tensor, "crop 1 height width"]
 _PerCrop = Float[Tensor, "crop 1 1 1"]
+Ends = tuple[float, float] | None  # of a slice: the numbers that are 0 and 1; None for HU
 _BLUR_RADIUS = 4  # pixels: 9 taps, as DINO's
 
 
 def apply_photometric(
     crops: _Crops,
     augment: Augment,
-    intensity: Intensity,
+    contract: Contract,
     blur_probability: float,
     generator: np.random.Generator,
     noise: torch.Generator,
@@ -33,17 +34,17 @@ def apply_photometric(
     """Change crops as the config says, and clip them.
 
     Args:
-        crops: In HU.
-        augment: Probabilities and ranges.
-        intensity: Whose clip bounds the values before and after.
+        crops: In the unit of the contract.
+        augment: Probabilities, and ranges as shares of the contract's.
+        contract: Whose clip bounds the values before and after.
         blur_probability: Of these crops, one of ``augment.blur_probability``.
         generator: Of everything but noise.
         noise: On the CPU wherever the crops are, so that noise is the same on any device.
 
     Returns:
-        In HU.
+        In the unit of the contract.
     """
-    low, high = intensity.clip_hu
+    low, high = contract.clip
     crops = crops.clamp(low, high)
 
     def some(
@@ -67,14 +68,17 @@ def apply_photometric(
         ]
         crops = crops.index_copy(0, chosen, function(crops[chosen], *settings))
 
+    def in_units(shares: list[float], start: float = 0) -> list[float]:
+        return [start + share * (high - low) for share in shares]
+
     a = augment
     some(
         a.window_probability,
         lambda x, level, width: ((x - level) / width + 0.5).clamp(0, 1) * (high - low) + low,
-        a.window_level_hu,
-        a.window_width_hu,
+        in_units(a.window_level, low),
+        in_units(a.window_width),
     )
-    some(a.contrast_probability, _contrast, a.contrast, a.brightness_hu)
+    some(a.contrast_probability, _contrast, a.contrast, in_units(a.brightness))
     crops = crops.clamp(low, high)
     some(
         a.gamma_probability,
@@ -82,14 +86,47 @@ def apply_photometric(
         a.gamma,
     )
     some(blur_probability, _blur, a.blur_sigma_pixels)
-    some(a.noise_probability, lambda x, sd: x + sd * _normal(x, noise), a.noise_sd_hu)
+    sd = in_units(a.noise_sd)
+    some(a.noise_probability, lambda x, sd: x + sd * _normal(x, noise), sd)
     some(a.low_resolution_probability, _low_resolution, a.low_resolution, device="cpu")
     return crops.clamp(low, high)
 
 
-def normalise(crops: Float[Tensor, "*shape"], intensity: Intensity) -> Float[Tensor, "*shape"]:
+def normalise(crops: Float[Tensor, "*shape"], contract: Contract) -> Float[Tensor, "*shape"]:
     """Clip to the contract's range, subtract its mean and divide by its standard deviation."""
-    return (crops.clamp(*intensity.clip_hu) - intensity.mean_hu) / intensity.std_hu
+    return (crops.clamp(*contract.clip) - contract.mean) / contract.std
+
+
+def normalised(
+    values: Float[Tensor, "*shape"], ends: tuple[float, float]
+) -> Float[Tensor, "*shape"]:
+    """Return stored numbers as normalised values, in which the two ends are 0 and 1."""
+    return (values - ends[0]) / (ends[1] - ends[0])
+
+
+def contract_of(ends: Ends, intensity: Intensity) -> Contract:
+    """Return the contract of a slice: that of HU where it has no ends."""
+    if ends is None:
+        return intensity.hu
+    assert intensity.normalised is not None  # such a run takes all numbers for HU
+    return intensity.normalised
+
+
+def by_contract(
+    crops: Float[Tensor, "crop 1 height width"],
+    contracts: list[Contract],
+    function: Callable[[Tensor, Contract], Tensor],
+) -> Float[Tensor, "crop 1 height width"]:
+    """Apply a function to the crops of each contract together, in the order of their firsts."""
+    different = [each for n, each in enumerate(contracts) if contracts.index(each) == n]
+    if len(different) == 1:
+        return function(crops, different[0])
+    out = torch.empty_like(crops)
+    for contract in different:
+        numbers = [n for n, each in enumerate(contracts) if each == contract]
+        chosen = torch.tensor(numbers).to(crops.device, non_blocking=True)
+        out = out.index_copy(0, chosen, function(crops[chosen], contract))
+    return out
 
 
 def _contrast(x: _Crops, factor: _PerCrop, brightness: _PerCrop) -> _Crops:

@@ -301,7 +301,7 @@ def test_mr_is_taken_with_a_robust_range(ct, write_series):
     volume = read_only(folder)
     array = sitk.GetArrayFromImage(image)
     low, high = np.percentile(array[array > array.min()], [0.5, 99.5])
-    assert (volume.modality, volume.intensity) == ("MR", {"low": low, "high": high})
+    assert (volume.modality, volume.intensity["low"], volume.intensity["high"]) == ("MR", low, high)
 
 
 def test_odd_values_of_a_header_raise_no_warning(write_series, caplog):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2_meddinov3.pretrain.config import Intensity
 from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     fixed_slices,
     load_moments,
@@ -43,7 +44,9 @@ def test_slices_of_different_volumes_with_most_body_are_tracked():
     volumes = np.repeat([0, 1, 2], 4)
     body = np.array([0, 0.5, 0.1, 0.2, 0.3, 0.1, np.nan, 0.2, 0, 0, 0, 0.9])
     assert spread_rows(volumes, body, count=3) == [1, 4, 11]
-    assert fixed_slices([np.full((20, 30), 3000, np.int16)], (-1000, 1000)).max() == 1000
+    fixed = fixed_slices([np.full((20, 30), 3000, np.int16)], [None], Intensity())
+    assert fixed.shown.max() == 1000
+    assert fixed.inputs.max().item() == pytest.approx((1000 - 65.108) / 178.017, abs=1e-3)
 
 
 def test_maps_of_many_steps_are_thinned_with_both_ends_kept(tmp_path):
@@ -59,5 +62,5 @@ def test_a_moment_is_read_as_it_was_saved(tmp_path):
     (moment,) = load_moments(tmp_path)
     assert (tmp_path / "maps/step_0000007.npz").is_file()
     assert moment.step == 7
-    np.testing.assert_array_equal(moment.slices_hu, slices[:, 0].numpy())
+    np.testing.assert_array_equal(moment.slices, slices[:, 0].numpy())
     np.testing.assert_allclose(moment.patches, patches.numpy(), rtol=1e-3, atol=1e-3)

@@ -36,7 +36,7 @@ def test_crop_0_of_every_image_comes_before_crop_1():
     config = load_config("tiny_stage1", PLAIN)
     flat = [np.full((40, 40), value, np.int16) for value in (-500, 0, 500)]
     batch = make_views(Slices.of(flat), config.crops.resolutions[0], config, (0,))
-    wanted = normalise(torch.tensor([-500.0, 0, 500]), config.intensity)
+    wanted = normalise(torch.tensor([-500.0, 0, 500]), config.intensity.hu)
     means = batch.global_crops.mean((1, 2, 3))
     torch.testing.assert_close(means, wanted.repeat(2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(

@@ -21,7 +21,7 @@ def crops(n=4, size=32):
 def changed(x, blur=0.0, seed=0, **options):
     augment = Augment(**{**NOTHING, **options})
     noise = torch.Generator().manual_seed(seed)
-    return apply_photometric(x, augment, Intensity(), blur, np.random.default_rng(seed), noise)
+    return apply_photometric(x, augment, Intensity().hu, blur, np.random.default_rng(seed), noise)
 
 
 def test_with_all_probabilities_0_only_the_range_is_clipped():
@@ -31,13 +31,13 @@ def test_with_all_probabilities_0_only_the_range_is_clipped():
 
 def test_a_window_is_clipped_and_stretched_over_the_range():
     x = torch.tensor([-1000.0, -160, 40, 240, 1000]).view(1, 1, 1, 5).repeat(1, 1, 5, 1)
-    out = changed(x, window_probability=1, window_level_hu=[40, 40], window_width_hu=[400, 400])
+    out = changed(x, window_probability=1, window_level=[0.52, 0.52], window_width=[0.2, 0.2])
     assert out[0, 0, 0].tolist() == pytest.approx([-1000, -1000, 0, 1000, 1000], abs=1e-3)
 
 
 def test_contrast_turns_about_the_mean_of_the_crop_and_brightness_is_added():
     x = crops(2)
-    out = changed(x, contrast_probability=1, contrast=[0.5, 0.5], brightness_hu=[30, 30])
+    out = changed(x, contrast_probability=1, contrast=[0.5, 0.5], brightness=[0.015, 0.015])
     mean = x.mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(out, (x - mean) * 0.5 + mean + 30)
 
@@ -57,13 +57,13 @@ def test_blur_is_a_gaussian_mirrored_at_the_edges():
 
 def test_noise_has_the_standard_deviation_that_is_asked_for():
     x = torch.zeros(4, 1, 64, 64)
-    out = changed(x, noise_probability=1, noise_sd_hu=[20, 20])
+    out = changed(x, noise_probability=1, noise_sd=[0.01, 0.01])
     assert out.std().item() == pytest.approx(20, rel=0.03)
     assert not torch.equal(out[0], out[1])
 
 
 def test_what_noise_adds_beyond_the_range_is_clipped():
-    out = changed(torch.full((2, 1, 16, 16), 990.0), noise_probability=1, noise_sd_hu=[50, 50])
+    out = changed(torch.full((2, 1, 16, 16), 990.0), noise_probability=1, noise_sd=[0.025, 0.025])
     assert out.max() == 1000
 
 
@@ -92,5 +92,5 @@ def test_each_crop_has_values_of_its_own_and_a_seed_gives_them_again():
 
 
 def test_normalised_values_are_those_of_the_release():
-    out = normalise(torch.tensor([-3000.0, 65.1084213256836, 1000.0]), Intensity())
+    out = normalise(torch.tensor([-3000.0, 65.1084213256836, 1000.0]), Intensity().hu)
     assert out.tolist() == pytest.approx([-5.98, 0, 5.25], abs=0.01)
