@@ -18,6 +18,7 @@ from nnunetv2_meddinov3.curate.leakage import (
     build_guard,
     check_benchmarks,
     check_store,
+    mark_compared,
 )
 from nnunetv2_meddinov3.curate.patients import compiled, named_by
 from nnunetv2_meddinov3.curate.privacy import Names
@@ -50,6 +51,7 @@ class Summary:
         slices: Number of slices written, before duplicates are removed.
         left_out: Reason -> number of slices of the entered volumes left out for it.
         notes: Kind of a note -> number of the entered volumes that have it.
+        flagged: Number of slices of an earlier run that are flagged ``near_excluded`` only now.
         n_bytes: Size of the files of the entered volumes.
         seconds: Time taken.
         signal: Number of the signal that stopped the run, None if it went to its end.
@@ -62,6 +64,7 @@ class Summary:
     slices: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    flagged: int = 0
     n_bytes: int = 0
     seconds: float = 0.0
     signal: int | None = None
@@ -109,6 +112,10 @@ class Summary:
             f"  note on {counted(count, 'volume')}: {kind}"
             for kind, count in sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
         ]
+        if self.flagged:
+            lines.append(
+                f"  flagged near_excluded: {counted(self.flagged, 'slice')} that the store had"
+            )
         lines += _grouped("excluded", [(key, why[len(EXCLUDED) :]) for key, why in self.excluded])
         lines += _grouped("skipped", self.skipped)
         if self.signal is not None:
@@ -202,14 +209,14 @@ def curate(
     if not allow_benchmarks:
         check_benchmarks(found, arguments, excluded, benchmark_names)
     guard = build_guard(excluded, progress)
-    check_store(guard, Path(store))
+    alike = check_store(guard, Path(store), progress)
     # an option only where it is set: stores of before have none of this name
     options = rules.options() | ({"hide_paths": True} if hide_paths else {})
     writer = StoreWriter(Path(store).absolute(), options)
     names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
     job = Job(writer, rules, guard, names, names_patients=pattern is not None)
 
-    summary = Summary()
+    summary = Summary(flagged=mark_compared(guard, writer, alike))
     for key, reason in refused:
         if in_shard(key, shard):
             _count(skipped(key, reason), summary, job)

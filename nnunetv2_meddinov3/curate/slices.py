@@ -6,16 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from nnunetv2_meddinov3.curate.resampling import resample_slices
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, counted
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
-from nnunetv2_meddinov3.store.records import SliceRecord
+from nnunetv2_meddinov3.store.records import NEAR_EXCLUDED, SliceRecord
 
 INT16 = np.iinfo(np.int16)
 BODY_ABOVE_HU = -500  # fat is about -100, aerated lung about -850, air -1000
@@ -138,7 +137,28 @@ def stack_slices(volume: Volume) -> Stack:
         else:
             stored_low, stored_high = float(low), float(high)
         intensity = {**intensity, "stored_low": stored_low, "stored_high": stored_high}
-    scale = _scale(volume.windowed, intensity)
+    return _stack(array, broken, volume.windowed, intensity, notes)
+
+
+def stack_of_stored(array: np.ndarray, windowed: bool, intensity: dict[str, float] | None) -> Stack:
+    """Return slices that a store holds as they were before they entered it.
+
+    Args:
+        array: (S, H, W) int16.
+        windowed: As in the record of the volume, and so is ``intensity``.
+        intensity: Contract of numbers that are not HU.
+    """
+    return _stack(array, {}, windowed, intensity, ())
+
+
+def _stack(
+    array: np.ndarray,
+    broken: dict[int, str],
+    windowed: bool,
+    intensity: dict[str, float] | None,
+    notes: tuple[str, ...],
+) -> Stack:
+    scale = _scale(windowed, intensity)
     empty = {}
     for z, image in enumerate(array):
         if z not in broken and (reason := _emptiness(image, scale)):
@@ -279,7 +299,7 @@ def cut_volume(
     records = []
     for index, z in enumerate(kept):
         flags = [without_details(stack.empty[z]).replace(" ", "_")] if z in stack.empty else []
-        flags += ["near_excluded"] if z in near_excluded else []
+        flags += [NEAR_EXCLUDED] if z in near_excluded else []
         position = None if volume.positions_mm is None else float(volume.positions_mm[z])
         records.append(_describe(array[index], stack.scale, index, z, position, flags))
     return CutVolume(array, spacing, records, sorted(left_out.items()))
@@ -331,69 +351,3 @@ def _describe(
         hu_mean=float(image.mean(dtype=np.float64)),
         flags=flags,
     )
-
-
-def resample_slices(
-    slices: np.ndarray,
-    spacing: tuple[float, float, float] | None,
-    pixel_spacing_mm: float | None,
-    size: int | None,
-) -> tuple[np.ndarray, tuple[float, float, float] | None]:
-    """Resample every slice linearly to a pixel spacing, then to ``size`` x ``size`` pixels.
-
-    This is the geometry of MedDINOv3, sec. 3.2.
-
-    Both steps keep the field of view, the outer edges of the outermost pixels. Where a step
-    shrinks, the linear kernel is widened by the same factor, so that no pixel is passed over.
-    Nothing is resampled along z. Values are rounded to whole numbers once, at the end.
-
-    Args:
-        slices: (S, H, W) int16.
-        spacing: (z, y, x) of the slices in mm; needed for ``pixel_spacing_mm``.
-        pixel_spacing_mm: Spacing of the first step; None leaves it out.
-        size: Pixels per side after the second step; None leaves it out.
-
-    Returns:
-        The slices (S, H', W') int16 and their spacing (z, y, x) in mm, None where unknown.
-    """
-    extent = slices.shape[1:]
-    steps = [tuple(extent)]
-    if pixel_spacing_mm is not None and spacing is not None:
-        steps.append(
-            tuple(
-                max(1, round(pixels * mm / pixel_spacing_mm))
-                for pixels, mm in zip(extent, spacing[1:], strict=True)
-            )
-        )
-    if size is not None:
-        steps.append((size, size))
-    rows, columns = (_chain(tuple(step[axis] for step in steps)) for axis in (0, 1))
-    result = np.empty((len(slices), len(rows), len(columns)), dtype=np.int16)
-    for image, out in zip(slices, result, strict=True):
-        np.rint(rows @ image.astype(np.float32) @ columns.T, out=out, casting="unsafe")
-    if spacing is None:
-        return result, None
-    y, x = (
-        mm * before / after
-        for mm, before, after in zip(spacing[1:], extent, result.shape[1:], strict=True)
-    )
-    return result, (spacing[0], y, x)
-
-
-@lru_cache(maxsize=64)
-def _chain(lengths: tuple[int, ...]) -> np.ndarray:
-    """Return the matrix (last, first) that resamples an axis through these numbers of pixels."""
-    matrix = np.eye(lengths[0])
-    for before, after in pairwise(lengths):
-        if before != after:
-            matrix = _linear(before, after) @ matrix
-    return matrix.astype(np.float32)
-
-
-def _linear(before: int, after: int) -> np.ndarray:
-    """Return the matrix (after, before) of one linear step; its rows sum to 1."""
-    scale = before / after
-    centres = (np.arange(after) + 0.5) * scale - 0.5
-    distance = np.abs(centres[:, None] - np.arange(before)) / max(scale, 1.0)
-    weights = np.clip(1 - distance, 0, None)
-    return weights / weights.sum(axis=1, keepdims=True)

@@ -27,8 +27,8 @@ from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 from nnunetv2_meddinov3.signals import leave_stopping_to_the_parent
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.reader import SliceStore
+from nnunetv2_meddinov3.store.records import NEAR_EXCLUDED
 
-NEAR_EXCLUDED = "near_excluded"  # a flag of a store, see docs/curation.md
 # the last number of a seed says what is drawn, so that nothing is drawn twice
 _EPOCH, _RESOLUTION, _VIEWS = range(3)
 

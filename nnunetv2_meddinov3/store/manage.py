@@ -20,7 +20,7 @@ from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.fingerprints import digests, first_of_equal
 from nnunetv2_meddinov3.store.index import build_index, read_records, read_skips
 from nnunetv2_meddinov3.store.reader import SliceStore
-from nnunetv2_meddinov3.store.records import read_record
+from nnunetv2_meddinov3.store.records import read_frame, read_record
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
 
@@ -53,15 +53,7 @@ def merge(folders: Sequence[Path | str], target: Path | str, *, with_key: bool =
         record = read_record(path)
         if writer.has(record.source_key, record.source_sha256):
             continue
-        array = path.parents[1] / layout.array_name(record.volume_id)
-        frame = array.read_bytes() if array.is_file() else b""
-        if files.sha256(frame) != record.array_sha256:
-            raise UserError(
-                f"the array {array} (from {record.source_key}) must be as it was written, but is "
-                f"missing or damaged: repair that store first, `meddinov3 store verify "
-                f"{path.parents[1]}` says how."
-            )
-        writer.adopt(record, frame)
+        writer.adopt(record, read_frame(path.parents[1], record))
     skips = sorted({skip for store in stores for skip in read_skips(store)}, reverse=True)
     for key, reason in skips:  # of two reasons for one source the first in order is written last
         if key not in chosen:

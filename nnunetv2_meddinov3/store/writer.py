@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,8 @@ class StoreWriter:
 
     def has(self, source_key: str, source_sha256: str) -> bool:
         """Return whether a source has entered as it is now, with its array in place."""
-        path = self.folder / layout.RECORDS / layout.record_name(source_key)
         try:
-            record = read_record(path)
+            record = read_record(self._record_path(source_key))
             size = (self.folder / layout.array_name(record.volume_id)).stat().st_size
         except (FileNotFoundError, layout.Damaged):
             return False
@@ -83,11 +83,36 @@ class StoreWriter:
         Raises:
             UserError: If the record cannot be written.
         """
-        path = self.folder / layout.RECORDS / layout.record_name(source_key)
-        record = read_record(path)
+        record = read_record(self._record_path(source_key))
         if record.patient != patient:
-            record = replace(record, patient=patient)
-            files.write_bytes(path, layout.sealed(record.to_dict(), "record_sha256"))
+            self._write_record(replace(record, patient=patient))
+
+    def remark(
+        self, source_key: str, notes: Sequence[str], flag: str, marked: Sequence[int]
+    ) -> int:
+        """Add notes to the record of a source that has entered, and a flag to some of its slices.
+
+        Args:
+            source_key: Of the source.
+            notes: What the record says already is not said again.
+            flag: Of the slices.
+            marked: Their indices in the stored array.
+
+        Returns:
+            The number of slices that did not have the flag.
+
+        Raises:
+            UserError: If the record cannot be written.
+        """
+        record = read_record(self._record_path(source_key))
+        fresh = {index for index in marked if flag not in record.slices[index].flags}
+        slices = [
+            replace(each, flags=[*each.flags, flag]) if each.index in fresh else each
+            for each in record.slices
+        ]
+        added = [note for note in notes if note not in record.notes]
+        self._write_record(replace(record, slices=slices, notes=(*record.notes, *added)))
+        return len(fresh)
 
     def write_volume(self, record: VolumeRecord, slices: np.ndarray) -> VolumeRecord:
         """Store the slices of one source and return its completed record.
@@ -126,10 +151,8 @@ class StoreWriter:
         """
         frame = self._place(record.volume_id, frame)
         record = replace(record, array_sha256=files.sha256(frame), array_bytes=len(frame))
+        self._write_record(record)
         name = layout.record_name(record.source_key)
-        files.write_bytes(
-            self.folder / layout.RECORDS / name, layout.sealed(record.to_dict(), "record_sha256")
-        )
         (self.folder / layout.SKIPPED / name).unlink(missing_ok=True)
         return record
 
@@ -142,6 +165,13 @@ class StoreWriter:
         values = {"source_key": source_key, "reason": reason}
         path = self.folder / layout.SKIPPED / layout.record_name(source_key)
         files.write_bytes(path, layout.sealed(values, "skip_sha256"))
+
+    def _record_path(self, source_key: str) -> Path:
+        return self.folder / layout.RECORDS / layout.record_name(source_key)
+
+    def _write_record(self, record: VolumeRecord) -> None:
+        data = layout.sealed(record.to_dict(), "record_sha256")
+        files.write_bytes(self._record_path(record.source_key), data)
 
     def _place(self, volume_id: str, frame: bytes) -> bytes:
         """Write an array unless it exists, and return the bytes of the file.
