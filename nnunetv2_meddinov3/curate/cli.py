@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.store.sharing import check_target
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
             be written.
     """
     arguments = _parser().parse_args(argv)
+    shard = _shard(arguments.shard)
+    check_target(arguments.store, shard)  # a mistake need not wait for these imports either
     # Imported here because `--help` need not wait for SimpleITK and matplotlib.
     from nnunetv2_meddinov3.curate.leakage import DEFAULT_BENCHMARKS
     from nnunetv2_meddinov3.curate.pipeline import curate
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.sources,
         arguments.store,
         workers=arguments.workers,
-        shard=_shard(arguments.shard),
+        shard=shard,
         exclude=arguments.exclude,
         patients=arguments.patients,
         hide_paths=arguments.hide_paths,

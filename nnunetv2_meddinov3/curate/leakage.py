@@ -37,10 +37,10 @@ from nnunetv2_meddinov3.store.layout import (
     RECORDS,
     STORE,
     array_name,
-    one_at_a_time,
     read_options,
 )
 from nnunetv2_meddinov3.store.records import NEAR_EXCLUDED, VolumeRecord, read_frame
+from nnunetv2_meddinov3.store.sharing import one_at_a_time
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
 EXCLUDED = "excluded: "  # begins the reason of a source that --exclude keeps out

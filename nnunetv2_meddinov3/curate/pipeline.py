@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +31,7 @@ from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.signals import Stop
 from nnunetv2_meddinov3.store.index import build_index
 from nnunetv2_meddinov3.store.records import kind_of
+from nnunetv2_meddinov3.store.sharing import check_target, one_at_a_time, writing
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
 MAX_SHOWN = 20  # reasons in a summary
@@ -196,6 +197,7 @@ def curate(
     start = time.monotonic()
     rules = SliceRules(pixel_spacing_mm, size, min_gap_mm, keep_flagged)
     _check_numbers(workers, shard)
+    check_target(Path(store), shard)
     pattern = None if patients is None else compiled(patients)
     arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
     found, refused = find_sources(arguments)
@@ -212,16 +214,16 @@ def curate(
     alike = check_store(guard, Path(store), progress)
     # an option only where it is set: stores of before have none of this name
     options = rules.options() | ({"hide_paths": True} if hide_paths else {})
-    writer = StoreWriter(Path(store).absolute(), options)
-    names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
-    job = Job(writer, rules, guard, names, names_patients=pattern is not None)
-
-    summary = Summary(flagged=mark_compared(guard, writer, alike))
-    for key, reason in refused:
-        if in_shard(key, shard):
-            _count(skipped(key, reason), summary, job)
-    mine = [source for source in found if in_shard(source.key, shard)]
-    with Stop() as stop:
+    folder = Path(store).absolute()
+    with Stop() as stop, writing(folder, _teller(progress), shard):
+        writer = StoreWriter(folder, options)
+        names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
+        job = Job(writer, rules, guard, names, names_patients=pattern is not None)
+        summary = Summary(flagged=mark_compared(guard, writer, alike))
+        for key, reason in refused:
+            if in_shard(key, shard):
+                _count(skipped(key, reason), summary, job)
+        mine = [source for source in found if in_shard(source.key, shard)]
         with Progress(len(mine), "volumes", every=PROGRESS_EVERY, stream=progress) as bar:
             begin = time.monotonic()
             for outcome in _run(mine, job, workers, dask_scheduler, stop):
@@ -230,11 +232,16 @@ def curate(
                 bar.advance(
                     f"{summary.slices} slices, {rate:.0f} slices/s, {len(summary.skipped)} skipped"
                 )
-        build_index(job.writer.folder)
-        write_report(job.writer.folder)
+        build_index(folder)
+        with one_at_a_time(folder):  # no shard builds an index under the report
+            write_report(folder)
     summary.signal = stop.number
     summary.seconds = time.monotonic() - start
     return summary
+
+
+def _teller(progress: TextIO | None) -> Callable[[str], None]:
+    return lambda line: None if progress is None else print(line, file=progress)
 
 
 def _count(outcome: Outcome, summary: Summary, job: Job) -> None:

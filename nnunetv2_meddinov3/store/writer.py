@@ -15,6 +15,7 @@ from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.store import codec, layout
 from nnunetv2_meddinov3.store.records import VolumeRecord, read_record, volume_identity
+from nnunetv2_meddinov3.store.sharing import one_at_a_time
 
 
 class StoreWriter:
@@ -47,11 +48,9 @@ class StoreWriter:
         _make_folders(self.folder)
         for place in (self.folder, *(self.folder / name for name in layout.FOLDERS)):
             files.sweep_leftovers(place)
-        values = {"format": layout.FORMAT, "options": self.options}
-        if keyed and not (self.folder / layout.STORE).is_file():
-            layout.write_key(self.folder, new_key)  # first: a keyed store has its key
-        data = layout.sealed(values | ({"keyed": True} if keyed else {}), "store_sha256")
-        files.write_bytes(self.folder / layout.STORE, data, keep_existing=True)
+        if not (self.folder / layout.STORE).is_file():
+            with one_at_a_time(self.folder):
+                self._make(keyed, new_key)
         made_with = layout.read_options(self.folder)
         if made_with != self.options:
             raise UserError(
@@ -59,6 +58,15 @@ class StoreWriter:
                 f"{_differences(made_with, self.options)}: give the same options or another "
                 "folder."
             )
+
+    def _make(self, keyed: bool, new_key: bytes | None) -> None:
+        """Make the folder a store, unless another process did so meanwhile."""
+        path = self.folder / layout.STORE
+        if keyed and not path.is_file():
+            layout.write_key(self.folder, new_key)  # first: a keyed store has its key
+        values = {"format": layout.FORMAT, "options": self.options}
+        data = layout.sealed(values | ({"keyed": True} if keyed else {}), "store_sha256")
+        files.write_bytes(path, data, keep_existing=True)
 
     def key(self) -> bytes | None:
         """Return the secret key of the store, None where it was made without.
@@ -198,13 +206,7 @@ def _decodes_to(frame: bytes, volume_id: str) -> bool:
 
 def _make_folders(folder: Path) -> None:
     try:
-        if not (folder / layout.STORE).is_file() and folder.is_dir():
-            others = [path.name for path in folder.iterdir() if not _may_precede(path.name)]
-            if others:
-                raise UserError(
-                    f"{folder} must be a slice store or an empty folder, but holds other files "
-                    f"such as {min(others)}: give another folder."
-                )
+        layout.check_place(folder)
         for name in sorted(layout.FOLDERS):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -214,11 +216,6 @@ def _make_folders(folder: Path) -> None:
             f"the store {folder} must be a folder that can be written, but: "
             f"{first_line(error)}; give another folder, or change its permissions."
         ) from error
-
-
-def _may_precede(name: str) -> bool:
-    """Return whether a writer killed while making the store, or the system, may have left it."""
-    return name in layout.FOLDERS or name.startswith((".", layout.STORE, layout.KEY))
 
 
 def _differences(made_with: dict[str, Any], given: dict[str, Any]) -> str:
