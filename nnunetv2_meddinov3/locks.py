@@ -8,13 +8,12 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.files import unwritable
+from nnunetv2_meddinov3.files import part_beside, unwritable
 
 LOCK = "lock.json"
 LOST_AFTER_S = 120.0  # a lock of another machine that was not touched for so long is nobody's
@@ -145,21 +144,21 @@ def _start_of(pid: int) -> str | None:
 
 def _claim(path: Path, mine: bytes) -> bool:
     """Write a lock unless there is one; its content comes with it where links can be made."""
-    part = _part_beside(path)
-    try:
+    with part_beside(path) as part:
         part.write_bytes(mine)
         try:
             path.hardlink_to(part)
+            return True
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
-            with path.open("xb") as file:
-                file.write(mine)
-        return True
+            pass
+    try:
+        with path.open("xb") as file:
+            file.write(mine)
     except FileExistsError:
         return False
-    finally:
-        part.unlink(missing_ok=True)
+    return True
 
 
 def _holder(path: Path) -> bytes | None:
@@ -189,35 +188,25 @@ def _is_gone(path: Path, lock: bytes) -> bool:
         start = _start_of(facts["pid"])
         if start is not None:
             return start != facts.get("started")
-    part = _part_beside(path)
     try:
-        part.touch()  # by the clock of the file system, which may be another machine's
-        return part.stat().st_mtime - path.stat().st_mtime > LOST_AFTER_S
+        with part_beside(path) as part:
+            part.touch()  # by the clock of the file system, which may be another machine's
+            now = part.stat().st_mtime
+    except OSError:  # a folder that can only be read
+        now = time.time()
+    try:
+        return now - path.stat().st_mtime > LOST_AFTER_S
     except FileNotFoundError:
         return True
-    except OSError:  # a folder that can only be read: by the clock of this machine
-        return _age(path) > LOST_AFTER_S
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _discard(path: Path, lock: bytes) -> bool:
     """Delete a lock if it still is the one found; another process may have taken it over."""
-    part = _part_beside(path)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), part_beside(path) as part:
         path.replace(part)
         if part.read_bytes() == lock:
-            part.unlink(missing_ok=True)
             return True
         path.hardlink_to(part)
-        part.unlink(missing_ok=True)
     return False
 
 
@@ -226,7 +215,3 @@ def _keep_fresh(path: Path, mine: bytes, done: threading.Event) -> None:
         with contextlib.suppress(OSError):
             if _holder(path) == mine:
                 os.utime(path)
-
-
-def _part_beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
