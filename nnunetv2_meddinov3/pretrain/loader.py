@@ -68,9 +68,8 @@ def is_near_excluded(store: SliceStore) -> np.ndarray:
     return flagged
 
 
-def said_of_near_excluded(config: StageConfig) -> str | None:
+def said_of_near_excluded(config: StageConfig, store: SliceStore) -> str | None:
     """Return a line on slices of the config's store that look like excluded ones, if any do."""
-    store = SliceStore(str(config.data.store))
     flagged = is_near_excluded(store)
     if config.data.split is not None:
         flagged = flagged[_rows_of_split(store, config.data.split)]

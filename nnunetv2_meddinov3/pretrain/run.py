@@ -45,8 +45,7 @@ def run(
     Raises:
         UserError: If a stage cannot start or go on.
     """
-    for config in stages:  # all of them before the first starts
-        open_store(config)
+    opened = {config.stage: open_store(config) for config in stages}  # before the first starts
     needs_work = not all(is_finished(out, config.stage) for config in stages)
     with started(stages[0].engine) as runtime, Stop() as stop, contextlib.ExitStack() as held:
         if needs_work:
@@ -58,10 +57,11 @@ def run(
             if is_finished(out, config.stage):
                 _say(runtime, stream, f"stage {config.stage} is finished: {folder / EXPORT}")
                 continue
-            if said := said_of_near_excluded(config):
+            if said := said_of_near_excluded(config, opened[config.stage][0]):
                 _say(runtime, stream, said)
             previous = None if config.stage == 1 else stage_folder(out, config.stage - 1)
-            stage = Stage(config, folder, runtime, previous=previous, stream=stream)
+            data = opened[config.stage]
+            stage = Stage(config, folder, runtime, previous=previous, stream=stream, data=data)
             _check_later(stages[stages.index(config) + 1 :], stage)
             if runtime.is_main:
                 write_provenance(folder, to_yaml(stage.config), stage.provenance())

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain import dry_run
+from nnunetv2_meddinov3.pretrain import dry_run, memory
 from nnunetv2_meddinov3.pretrain.config import Head, Resolution, load_config
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.student import encode, pack_blocks
@@ -50,7 +50,7 @@ def test_gram_anchoring_adds_the_gram_teacher(size, gigaflops):
 def test_operations_and_parameters_are_those_torch_counts(size):
     a = architecture_of(size)
     backbone = pack_blocks(Backbone(a, mask_token=True)).eval()
-    assert dry_run.backbone_parameters(a) == sum(p.numel() for p in backbone.parameters())
+    assert memory.backbone_parameters(a) == sum(p.numel() for p in backbone.parameters())
     # torch counts the products of attention only where it computes them one by one
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encode(backbone, [torch.zeros(1, 3, 64, 64)])
@@ -65,8 +65,8 @@ def test_heads_have_the_parameters_that_are_counted():
     for sizes in ((100, 20, 10, 3), (50, 8, 4, 1)):
         head = Head(**dict(zip(Head.model_fields, sizes, strict=True)))
         parameters = sum(p.numel() for p in a_head(32, head).parameters())
-        assert dry_run.head_parameters(32, head) == parameters
-    assert dry_run.head_parameters(768, Head()) / 1e6 == pytest.approx(23.1, abs=0.05)
+        assert memory.head_parameters(32, head) == parameters
+    assert memory.head_parameters(768, Head()) / 1e6 == pytest.approx(23.1, abs=0.05)
 
 
 @pytest.mark.parametrize(("stage", "gram_teachers"), [("stage1", 0), ("stage2_gram", 1)])
@@ -78,7 +78,7 @@ def test_the_memory_of_networks_is_that_of_their_numbers(stage, gram_teachers):
     sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
     # weights, gradients and two moments of the student, weights of the teacher; in fp32
     wanted = 4 * (5 * sum(sizes) + gram_teachers * sizes[0])
-    assert dry_run.memory_gb(config, a, 4, is_bf16=False)["networks"] * 1e9 == wanted
+    assert memory.memory_gb(config, a, 4, is_bf16=False)["networks"] * 1e9 == wanted
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(size):
                 torch.zeros(4 * images, 3, crops.local_size, crops.local_size),
             ],
         )
-    counted = dry_run.memory_gb(config, a, images, is_bf16=False)["activations"] * 1e9
+    counted = memory.memory_gb(config, a, images, is_bf16=False)["activations"] * 1e9
     assert counted == pytest.approx(sum(kept.values()), rel=0.25)
 
 
@@ -172,9 +172,9 @@ def test_recomputing_activations_saves_memory_and_more_images_need_more():
     a = architecture_of("vit_base")
     plain = load_config("vitb16_stage1")
     saving = load_config("vitb16_stage1", ["engine.activation_checkpointing=true"])
-    one, two = (dry_run.memory_gb(plain, a, n, is_bf16=True) for n in (16, 32))
+    one, two = (memory.memory_gb(plain, a, n, is_bf16=True) for n in (16, 32))
     assert two["activations"] == pytest.approx(2 * one["activations"])
     assert two["logits"] == pytest.approx(2 * one["logits"])
-    of_saving = dry_run.memory_gb(saving, a, 16, is_bf16=True)
+    of_saving = memory.memory_gb(saving, a, 16, is_bf16=True)
     assert of_saving["activations"] < 0.3 * one["activations"]
     assert one["networks"] == two["networks"] == of_saving["networks"]
