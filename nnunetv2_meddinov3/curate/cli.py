@@ -8,6 +8,15 @@ from pathlib import Path
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.sharing import check_target
 
+_EPILOG = """\
+exit codes: 0 if all sources entered or were excluded on request, 3 if some were skipped, 2 if
+none entered, 1 for a mistake in the command, 128 + its number after a signal
+
+  meddinov3 curate Dataset042_Mine hospital/dicom --store store --workers 8
+  meddinov3 curate AMOS22 --store store --exclude AMOS22/imagesTs --patients '(amos_[0-9]+)_'
+  meddinov3 store verify store
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Curate what the command line names and print the result.
@@ -66,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="meddinov3 curate",
         description="Converts volumes into a store of axial slices. What the store has already is "
         "left alone, so the same command continues an interrupted run.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

@@ -116,16 +116,18 @@ _QUOTED = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")(?!\w)""")
 _DIGEST = re.compile(r" ?\b[0-9a-f]{16,}\b")
 _ONE = re.compile(r"(?<![\w.-])1 ((?:[a-z-]+ )?(?:slice|image|localizer|pixel|volume))\b")
 _NUMBER = r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?:x\d+)*(?![\w-]|\.\d)"
+_FILES = re.compile(r"(\bimages? left out, [^:]+): .*|(\bas the labels of ).+( beside it)")
 _NUMBERS = re.compile(rf"{_NUMBER}(?:, {_NUMBER})*")
 
 
 def kind_of(remark: str) -> str:
     """Return a note or a reason without what differs from source to source.
 
-    Numbers become N, what is in quotes becomes ..., hashes go: "3 duplicate slices left out" is
-    "N duplicate slices left out", and so is that of one slice.
+    Numbers become N, what is in quotes becomes ..., hashes and names of files go: "3 duplicate
+    slices left out" is "N duplicate slices left out", and so is that of one slice.
     """
-    text = _DIGEST.sub("", _QUOTED.sub("...", remark))
+    text = _FILES.sub(lambda found: found[1] or f"{found[2]}...{found[3]}", remark)
+    text = _DIGEST.sub("", _QUOTED.sub("...", text))
     return _NUMBERS.sub("N", _ONE.sub(r"1 \1s", text))
 
 

@@ -109,46 +109,72 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(size):
 
 
 _USE = """
-import io, re, sys, tempfile
+import io, re, resource, sys, tempfile
 from pathlib import Path
-from nnunetv2_meddinov3.pretrain.config import load_config
-from nnunetv2_meddinov3.pretrain.distributed import started
-from nnunetv2_meddinov3.pretrain.dry_run import dry_run, resident_gb
-from nnunetv2_meddinov3.pretrain.train import Stage
-from nnunetv2_meddinov3.signals import Stop
-config = load_config("tiny_stage1", [f"data.store={sys.argv[1]}", "optim.steps=3",
-    "optim.lr.warmup_steps=0", "engine.health_every=9", "engine.device=cpu", "data.workers=0"])
-if sys.argv[2] == "said":
+from nnunetv2_meddinov3.pretrain.dry_run import dry_run
+from nnunetv2_meddinov3.pretrain.stages import settled, stages_of
+what, store, name, *changes = sys.argv[1:]
+changes += ["engine.device=cpu", "data.workers=0", "engine.health_every=1000"]
+(config,) = settled(stages_of([name], changes, store=store), None)
+if what == "said":
     stream = io.StringIO()
     dry_run((config,), stream)
     print(re.search(r"memory of a process +about ([0-9.]+) GB", stream.getvalue())[1])
 else:
+    from nnunetv2_meddinov3.pretrain.distributed import started
+    from nnunetv2_meddinov3.pretrain.train import Stage
+    from nnunetv2_meddinov3.signals import Stop
+    # as late in the stage: from no earlier one, with the whole Gram loss, all at the largest crops
+    config.init.source, config.init.optimizer = "none", False
+    if config.losses.gram.weight is not None:
+        config.losses.gram.weight.start = config.losses.gram.weight.peak = 2.0
+        config.losses.gram.teacher = "init"
+    config.crops.resolutions = config.crops.resolutions[-1:]
     with started(config.engine) as runtime, tempfile.TemporaryDirectory() as folder:
-        stage = Stage(config, Path(folder) / "stage1", runtime, previous=None, stream=None)
+        stage = Stage(config, Path(folder) / "stage", runtime, previous=None, stream=None)
         batches = stage.loader.iterate(0)
         for _ in range(3):
             stage.one_step(next(batches), Stop())
             stage.step += 1
-        print(resident_gb())
+        stage.save()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 """
+_SMALL = "model.size=vit_small"
+_PROTOTYPES = "heads={dino: {prototypes: 16384}, ibot: {prototypes: 16384}}"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_the_memory_that_is_said_is_about_what_the_tiny_preset_uses_on_a_cpu(ct_store):
-    said, used = (
-        float(
-            subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", _USE, str(ct_store), what],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()[-1]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tiny_stage1"],
+        ["tiny_stage2_gram"],
+        ["tiny_stage3_highres"],
+        ["tiny_stage1", "optim.batch_size=64", "engine.micro_batch=16"],
+        ["tiny_stage1", "optim.batch_size=96", "engine.micro_batch=8", _PROTOTYPES],
+        ["tiny_stage3_highres", "engine.micro_batch=32", "engine.activation_checkpointing=true"],
+        ["tiny_stage1", _SMALL, "optim.batch_size=8"],
+        ["tiny_stage2_gram", _SMALL, "optim.batch_size=24"],
+        ["tiny_stage3_highres", _SMALL, "optim.batch_size=16"],
+        ["tiny_stage1", _SMALL, "engine.activation_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_the_memory_that_is_said_is_about_what_is_used_on_a_cpu(ct_store, words):
+    order = ["said", "used"]
+    found = {}
+    for what in order if len(words) % 2 else reversed(order):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _USE, what, str(ct_store), *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
-        for what in ("said", "used")
-    )
-    assert said == pytest.approx(used, rel=0.2)
+        assert done.returncode == 0, done.stderr
+        found[what] = float(done.stdout.split()[-1])
+    print(" ".join(words), found)
+    assert found["said"] == pytest.approx(found["used"], rel=0.2)
 
 
 @pytest.mark.parametrize(
