@@ -49,14 +49,25 @@ def replacing(
         UserError: If it cannot be written; the target is as it was.
     """
     path = path.resolve()
-    part = _part_beside(path)
     expected: tuple[type[Exception], ...] = (OSError, *failures)
+    try:
+        with part_beside(path) as part:
+            yield part
+            _put_in_place(part, path, keep_existing)
+    except expected as error:
+        raise unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def part_beside(path: Path) -> Iterator[Path]:
+    """Yield a name beside a path that no other process uses; what has it at the end is deleted.
+
+    If this process is killed before, ``sweep_leftovers`` deletes it.
+    """
+    part = _part_beside(path)
     _in_progress.add(part.name)
     try:
         yield part
-        _put_in_place(part, path, keep_existing)
-    except expected as error:
-        raise unwritable(path, error) from error
     finally:
         _remove(part)
         _in_progress.discard(part.name)

@@ -8,22 +8,29 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.files import unwritable
+from nnunetv2_meddinov3.files import part_beside, unwritable
 
 LOCK = "lock.json"
 LOST_AFTER_S = 120.0  # a lock of another machine that was not touched for so long is nobody's
 _REFRESH_S = 15.0  # a held lock is touched that often
+_POLL_S = 0.1  # between two looks at a lock that is waited for
 
 
 @contextlib.contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep a folder for this process while the context lasts.
+def locked(
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    name: str = LOCK,
+    rule: str | None = None,
+    waits: bool = False,
+) -> Iterator[None]:
+    """Keep a folder, or a task in it, for this process while the context lasts.
 
     ``lock.json`` in it names the process; it is touched every 15 s and deleted at the end. One that
     a killed process left is taken over: at once on its machine, elsewhere when it was not touched
@@ -32,11 +39,14 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     Args:
         folder: Made if missing.
         say: Gets a line when a lock is taken over.
+        name: Of the lock's file; a folder may have several locks for several tasks.
+        rule: What must hold, for the sentence; by default that one process may use the folder.
+        waits: Whether to wait for the other process instead of refusing.
 
     Raises:
         UserError: If another process holds it, or it cannot be written.
     """
-    path = folder / LOCK
+    path = folder / name
     mine = json.dumps({**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +54,11 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             found = _holder(path)
             if found is None:
                 continue  # it was released meanwhile
-            refuse_locked(folder)
+            if not _is_gone(path, found):
+                if not waits:
+                    raise _held(path, found, rule)
+                time.sleep(_POLL_S)
+                continue
             if _discard(path, found):
                 say(f"took over {path}: {_named(found)}, which held it, is gone")
     except OSError as error:
@@ -62,23 +76,45 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 path.unlink()
 
 
-def refuse_locked(folder: Path) -> None:
+def refuse_locked(folder: Path, *, name: str = LOCK, rule: str | None = None) -> None:
     """Refuse a folder that a living process holds; nothing is written.
+
+    Args:
+        folder: May be missing.
+        name: As for ``locked``, and so is ``rule``.
+        rule: What must hold.
 
     Raises:
         UserError: With that process's machine, number and start.
     """
-    path = folder / LOCK
+    path = folder / name
     try:
         found = _holder(path)
     except OSError as error:
         raise unwritable(path, error) from error
-    if found is None or _is_gone(path, found):
-        return
-    raise UserError(
-        f"{folder} must be used by one process at a time, but {_named(found)} works on it: wait "
-        f"until that one ends, or give another folder ({path} may be deleted where it is known to "
-        "be gone)."
+    if found is not None and not _is_gone(path, found):
+        raise _held(path, found, rule)
+
+
+def discard_lost(folder: Path, name: str) -> None:
+    """Delete a lock that a process left which is gone.
+
+    Args:
+        folder: May be missing.
+        name: Of the lock's file.
+    """
+    path = folder / name
+    with contextlib.suppress(OSError):
+        found = _holder(path)
+        if found is not None and _is_gone(path, found):
+            _discard(path, found)
+
+
+def _held(path: Path, lock: bytes, rule: str | None) -> UserError:
+    return UserError(
+        f"{rule or f'{path.parent} must be used by one process at a time'}, but {_named(lock)} "
+        f"works on it: wait until that one ends, or give another folder ({path} may be deleted "
+        "where it is known to be gone)."
     )
 
 
@@ -108,21 +144,21 @@ def _start_of(pid: int) -> str | None:
 
 def _claim(path: Path, mine: bytes) -> bool:
     """Write a lock unless there is one; its content comes with it where links can be made."""
-    part = _part_beside(path)
-    try:
+    with part_beside(path) as part:
         part.write_bytes(mine)
         try:
             path.hardlink_to(part)
+            return True
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
-            with path.open("xb") as file:
-                file.write(mine)
-        return True
+            pass
+    try:
+        with path.open("xb") as file:
+            file.write(mine)
     except FileExistsError:
         return False
-    finally:
-        part.unlink(missing_ok=True)
+    return True
 
 
 def _holder(path: Path) -> bytes | None:
@@ -152,28 +188,25 @@ def _is_gone(path: Path, lock: bytes) -> bool:
         start = _start_of(facts["pid"])
         if start is not None:
             return start != facts.get("started")
-    part = _part_beside(path)
     try:
-        part.touch()  # by the clock of the file system, which may be another machine's
-        return part.stat().st_mtime - path.stat().st_mtime > LOST_AFTER_S
+        with part_beside(path) as part:
+            part.touch()  # by the clock of the file system, which may be another machine's
+            now = part.stat().st_mtime
+    except OSError:  # a folder that can only be read
+        now = time.time()
+    try:
+        return now - path.stat().st_mtime > LOST_AFTER_S
     except FileNotFoundError:
         return True
-    except OSError:  # a folder that can only be read
-        return False
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _discard(path: Path, lock: bytes) -> bool:
     """Delete a lock if it still is the one found; another process may have taken it over."""
-    part = _part_beside(path)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), part_beside(path) as part:
         path.replace(part)
         if part.read_bytes() == lock:
-            part.unlink(missing_ok=True)
             return True
         path.hardlink_to(part)
-        part.unlink(missing_ok=True)
     return False
 
 
@@ -182,7 +215,3 @@ def _keep_fresh(path: Path, mine: bytes, done: threading.Event) -> None:
         with contextlib.suppress(OSError):
             if _holder(path) == mine:
                 os.utime(path)
-
-
-def _part_beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")

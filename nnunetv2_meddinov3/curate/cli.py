@@ -6,6 +6,16 @@ import sys
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.store.sharing import check_target
+
+_EPILOG = """\
+exit codes: 0 if all sources entered or were excluded on request, 3 if some were skipped, 2 if
+none entered, 1 for a mistake in the command, 128 + its number after a signal
+
+  meddinov3 curate Dataset042_Mine hospital/dicom --store store --workers 8
+  meddinov3 curate AMOS22 --store store --exclude AMOS22/imagesTs --patients '(amos_[0-9]+)_'
+  meddinov3 store verify store
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             be written.
     """
     arguments = _parser().parse_args(argv)
+    shard = _shard(arguments.shard)
+    check_target(arguments.store, shard)  # a mistake need not wait for these imports either
     # Imported here because `--help` need not wait for SimpleITK and matplotlib.
     from nnunetv2_meddinov3.curate.leakage import DEFAULT_BENCHMARKS
     from nnunetv2_meddinov3.curate.pipeline import curate
@@ -31,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.sources,
         arguments.store,
         workers=arguments.workers,
-        shard=_shard(arguments.shard),
+        shard=shard,
         exclude=arguments.exclude,
         patients=arguments.patients,
         modality=arguments.modality,
@@ -64,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="meddinov3 curate",
         description="Converts volumes into a store of axial slices. What the store has already is "
         "left alone, so the same command continues an interrupted run.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

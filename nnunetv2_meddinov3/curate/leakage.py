@@ -17,10 +17,16 @@ from nnunetv2_meddinov3.curate.discover import find_sources
 from nnunetv2_meddinov3.curate.modalities import identify
 from nnunetv2_meddinov3.curate.orient import reorient
 from nnunetv2_meddinov3.curate.readers import read
-from nnunetv2_meddinov3.curate.slices import Stack, in_another_way, stack_slices
+from nnunetv2_meddinov3.curate.slices import (
+    Stack,
+    in_another_way,
+    stack_of_stored,
+    stack_slices,
+)
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource, counted
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.progress import Progress
+from nnunetv2_meddinov3.store.codec import decode
 from nnunetv2_meddinov3.store.fingerprints import (
     as_numbers,
     bit_distances,
@@ -30,13 +36,24 @@ from nnunetv2_meddinov3.store.fingerprints import (
     turned_hashes,
 )
 from nnunetv2_meddinov3.store.index import read_records
-from nnunetv2_meddinov3.store.layout import INDEX, MANIFEST, STORE, read_options
-from nnunetv2_meddinov3.store.records import VolumeRecord
+from nnunetv2_meddinov3.store.layout import (
+    INDEX,
+    MANIFEST,
+    RECORDS,
+    STORE,
+    array_name,
+    read_options,
+)
+from nnunetv2_meddinov3.store.records import NEAR_EXCLUDED, VolumeRecord, read_frame
+from nnunetv2_meddinov3.store.sharing import one_at_a_time
+from nnunetv2_meddinov3.store.writer import StoreWriter
 
 EXCLUDED = "excluded: "  # begins the reason of a source that --exclude keeps out
 NEAR_BITS = 4  # of 64
+_PROGRESS_EVERY = 100  # stored volumes between two lines where there is no terminal
 _LIST_LINE = re.compile(r"([0-9a-fA-F]{64})(?:[\s,]+([0-9a-fA-F]{16}))?(?:[\s,].*)?")
 _NOTE = "leakage guard"
+_IN_ALL_SYMMETRIES = ", mirrored and turned too"  # which notes of earlier versions do not say
 # The benchmarks of the paper (MedDINOv3, sec. 4.1), as lower-case words joined by "_". Task 3 of
 # the Medical Segmentation Decathlon is LiTS.
 _PATTERNS = {
@@ -52,6 +69,18 @@ _CONTAIN = {
     r"abdomen_?atlas(_?[\d_]*(mini|pro)?)?": ("AMOS22", "BTCV", "KiTS23", "LiTS"),
 }
 DEFAULT_BENCHMARKS = tuple(_PATTERNS)
+
+
+_Range = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class _Excluded:
+    """What is known of a slice that must not enter; of a line in a list of hashes not all is."""
+
+    sha256: str
+    phash: str | None
+    range: _Range | None
 
 
 def check_benchmarks(
@@ -94,17 +123,30 @@ class Guard:
         origins: SHA-256 of a slice (int16, LPS, own geometry) -> name of the ``--exclude`` it
             comes from.
         phashes: (N,) uint64, sorted perceptual hashes of those slices, where they are known.
+        ranges: Smallest, largest and mean value of each of those slices, which turning leaves as
+            they are: a slice of other values need not be hashed. None where a list of hashes is
+            among the exclusions, of which they are not known.
     """
 
     origins: dict[str, str] = field(default_factory=dict)
     phashes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    ranges: frozenset[_Range] | None = None
 
     def note(self) -> tuple[str, ...]:
         """Return what the record of a volume says of the guard it passed, nothing without one."""
         if not self.origins:
             return ()
         digest = hashlib.sha256("".join(sorted(self.origins)).encode()).hexdigest()[:16]
-        return (f"{_NOTE} {digest}: compared with {len(self.origins)} excluded slices",)
+        compared = f"compared with {len(self.origins)} excluded slices"
+        return (f"{_NOTE} {digest}: {compared}{_IN_ALL_SYMMETRIES}",)
+
+    def has_passed(self, record: VolumeRecord) -> bool:
+        """Return whether a stored volume was compared with the same exclusions."""
+        return set(self.note()) <= set(record.notes)
+
+    def has_passed_as_it_is(self, record: VolumeRecord) -> bool:
+        """Return the same of a record that an earlier version wrote, which turned nothing."""
+        return {each.removesuffix(_IN_ALL_SYMMETRIES) for each in self.note()} <= set(record.notes)
 
     def inspect(self, stack: Stack, volume: Volume | None = None) -> tuple[str | None, list[int]]:
         """Compare a volume with what is excluded, also mirrored, turned and transposed in-plane.
@@ -141,6 +183,8 @@ class Guard:
 
     def _origin(self, image: np.ndarray) -> tuple[str, bool] | None:
         """Return the exclusion that holds a slice, and whether as it is; None if none does."""
+        if self.ranges is not None and _range_of(image) not in self.ranges:
+            return None
         for number, each in enumerate(turned(image)):
             if (name := self.origins.get(slice_sha256(each))) is not None:
                 return name, number == 0
@@ -170,6 +214,7 @@ def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Gu
         return Guard()
     origins: dict[str, str] = {}
     phashes: set[str] = set()
+    ranges: set[_Range | None] = set()
     with Progress(len(arguments), "exclusions", stream=progress) as bar:
         for argument in arguments:
             name, slices, number = _read_excluded(argument)
@@ -178,38 +223,82 @@ def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Gu
                     f"--exclude {argument} must hold volumes or hashes of slices, but has none: "
                     "name the folder with the test images."
                 )
-            origins |= {sha256: origins.get(sha256, name) for sha256, _ in slices}
-            phashes |= {phash for _, phash in slices if phash}
+            origins |= {each.sha256: origins.get(each.sha256, name) for each in slices}
+            phashes |= {each.phash for each in slices if each.phash}
+            ranges |= {each.range for each in slices}
             what = "a list of" if number is None else f"{counted(number, 'volume')} with"
             bar.advance(f"{name} ({what} {counted(len(slices), 'slice')})")
-    return Guard(origins, np.sort(as_numbers(phashes)))
+    known = frozenset(each for each in ranges if each is not None)
+    return Guard(origins, np.sort(as_numbers(phashes)), None if None in ranges else known)
 
 
-def check_store(guard: Guard, store: Path) -> None:
-    """Refuse to add to a store that holds, or may hold, what is excluded now.
+def check_store(guard: Guard, store: Path, progress: TextIO | None = None) -> dict[str, list[int]]:
+    """Compare what a store holds with what is excluded now, as if it were to enter now.
+
+    Stored slices are decompressed, a volume at a time, and go the way of incoming ones through
+    ``Guard.inspect``; volumes whose record says that they did so already are passed over. Of a
+    resampled store only the perceptual hashes can tell.
+
+    Returns:
+        Source key of each volume compared -> indices of its slices that look like an excluded one,
+        for ``mark_compared``.
 
     Raises:
         UserError: If a volume of the store has an excluded slice, or was resampled and not
             compared with the same exclusions.
     """
+    alike: dict[str, list[int]] = {}
     if not guard.origins or not (store / STORE).is_file():
-        return
+        return alike
     resampled = _is_resampled(read_options(store))
-    for record in read_records(store):
-        if resampled:
-            leaks = guard.note()[0] not in record.notes
-        else:
-            leaks = any(row.sha256 in guard.origins for row in record.slices)
-        if leaks:
-            doubt = "was not compared with" if resampled else "shares slices with"
-            raise UserError(
-                f"The store {store} must hold nothing that --exclude names, but "
-                f"{record.source_key} in it {doubt} the exclusions: curate into a new store."
-            )
+    number = sum(1 for _ in (store / RECORDS).glob("*.json"))
+    with Progress(number, "stored volumes", every=_PROGRESS_EVERY, stream=progress) as bar:
+        for record in read_records(store, in_order=False):
+            bar.advance(f"{len(alike)} compared with the exclusions")
+            if guard.has_passed(record) or not _is_in_place(store, record):
+                continue
+            if resampled and not guard.has_passed_as_it_is(record):
+                raise _leak(store, record, "was not compared with the exclusions")
+            array = decode(read_frame(store, record))
+            stack = stack_of_stored(array, record.windowed, record.intensity)
+            reason, alike[record.source_key] = guard.inspect(stack)
+            if reason:
+                raise _leak(store, record, reason.removeprefix(EXCLUDED))
+    return alike
 
 
-def _read_excluded(argument: Path) -> tuple[str, list[tuple[str, str | None]], int | None]:
-    """Return name, (SHA-256, perceptual hash or None) of each slice, and number of volumes."""
+def mark_compared(guard: Guard, writer: StoreWriter, alike: dict[str, list[int]]) -> int:
+    """Note in a store what ``check_store`` found, so that pretraining and later runs know it.
+
+    Returns:
+        The number of slices that have the flag ``near_excluded`` only now.
+
+    Raises:
+        UserError: If a record cannot be written.
+    """
+    if not alike:
+        return 0
+    with one_at_a_time(writer.folder):
+        return sum(
+            writer.remark(key, guard.note(), NEAR_EXCLUDED, near) for key, near in alike.items()
+        )
+
+
+def _is_in_place(store: Path, record: VolumeRecord) -> bool:
+    """Return whether the array of a record is there; if not, it is written and compared anew."""
+    path = store / array_name(record.volume_id)
+    return path.is_file() and path.stat().st_size == record.array_bytes
+
+
+def _leak(store: Path, record: VolumeRecord, what: str) -> UserError:
+    return UserError(
+        f"The store {store} must hold nothing that --exclude names, but {record.source_key} in it "
+        f"{what}: curate into a new store."
+    )
+
+
+def _read_excluded(argument: Path) -> tuple[str, list[_Excluded], int | None]:
+    """Return the name of an exclusion, its slices, and its number of volumes if it has any."""
     path = Path(argument)
     name = path.resolve().name
     if not path.exists():
@@ -227,22 +316,27 @@ def _read_excluded(argument: Path) -> tuple[str, list[tuple[str, str | None]], i
     return name, *_slices_of_volumes(path)
 
 
-def _slices_of_store(store: Path) -> tuple[list[tuple[str, str | None]], int]:
+def _slices_of_store(store: Path) -> tuple[list[_Excluded], int]:
     if _is_resampled(read_options(store)):
         raise UserError(
             f"A store given to --exclude must have the native geometry, but {store} was resampled, "
             "which changes every hash: curate it without --pixel-spacing and --size."
         )
     records: list[VolumeRecord] = list(read_records(store))
-    return [(row.sha256, row.phash) for record in records for row in record.slices], len(records)
+    slices = [
+        _Excluded(row.sha256, row.phash, (row.hu_min, row.hu_max, row.hu_mean))
+        for record in records
+        for row in record.slices
+    ]
+    return slices, len(records)
 
 
 def _is_resampled(options: dict[str, Any]) -> bool:
     return options.get("pixel_spacing_mm") is not None or options.get("size") is not None
 
 
-def _slices_of_list(path: Path) -> list[tuple[str, str | None]]:
-    slices: list[tuple[str, str | None]] = []
+def _slices_of_list(path: Path) -> list[_Excluded]:
+    slices: list[_Excluded] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -259,16 +353,16 @@ def _slices_of_list(path: Path) -> list[tuple[str, str | None]]:
                 f"digits), but line {number} is {line[:80]!r}: correct it or begin it with #."
             )
         sha256, phash = match.groups()
-        slices.append((sha256.lower(), phash.lower() if phash else None))
+        slices.append(_Excluded(sha256.lower(), phash.lower() if phash else None, None))
     return slices
 
 
-def _slices_of_volumes(path: Path) -> tuple[list[tuple[str, str | None]], int]:
+def _slices_of_volumes(path: Path) -> tuple[list[_Excluded], int]:
     sources, problems = find_sources([path])
     if problems:
         key, reason = problems[0]
         raise _hole(path, key, reason)
-    slices: list[tuple[str, str | None]] = []
+    slices: list[_Excluded] = []
     for source in sources:
         try:
             volume = identify(reorient(read(source)), source)
@@ -277,13 +371,18 @@ def _slices_of_volumes(path: Path) -> tuple[list[tuple[str, str | None]], int]:
             raise _hole(path, source.key, str(error)) from error
         except MemoryError as error:
             raise _hole(path, source.key, "it needs more memory than is available") from error
-        slices += [
-            (slice_sha256(stack.array[z]), perceptual_hash(stack.array[z], *stack.scale.window))
-            for z in stack.informative()
-        ]
+        for image in (stack.array[z] for z in stack.informative()):
+            phash = perceptual_hash(image, *stack.scale.window)
+            slices.append(_Excluded(slice_sha256(image), phash, _range_of(image)))
         if other is not None:  # as a store of before, or a copy that says its modality, has it
-            slices += [(slice_sha256(other[z]), None) for z in stack.informative()]
+            images = (other[z] for z in stack.informative())
+            slices += [_Excluded(slice_sha256(each), None, _range_of(each)) for each in images]
     return slices, len(sources)
+
+
+def _range_of(image: np.ndarray) -> _Range:
+    """Return the smallest, largest and mean value; exact, in whatever order they are summed."""
+    return float(image.min()), float(image.max()), float(image.mean(dtype=np.float64))
 
 
 def _hole(path: Path, key: str, reason: str) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +18,7 @@ from nnunetv2_meddinov3.curate.leakage import (
     build_guard,
     check_benchmarks,
     check_store,
+    mark_compared,
 )
 from nnunetv2_meddinov3.curate.modalities import check_modality
 from nnunetv2_meddinov3.curate.patients import compiled, named_by
@@ -31,6 +32,7 @@ from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.signals import Stop
 from nnunetv2_meddinov3.store.index import build_index
 from nnunetv2_meddinov3.store.records import kind_of
+from nnunetv2_meddinov3.store.sharing import check_target, one_at_a_time, writing
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
 MAX_SHOWN = 20  # reasons in a summary
@@ -51,6 +53,7 @@ class Summary:
         slices: Number of slices written, before duplicates are removed.
         left_out: Reason -> number of slices of the entered volumes left out for it.
         notes: Kind of a note -> number of the entered volumes that have it.
+        flagged: Number of slices of an earlier run that are flagged ``near_excluded`` only now.
         n_bytes: Size of the files of the entered volumes.
         seconds: Time taken.
         signal: Number of the signal that stopped the run, None if it went to its end.
@@ -63,6 +66,7 @@ class Summary:
     slices: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    flagged: int = 0
     n_bytes: int = 0
     seconds: float = 0.0
     signal: int | None = None
@@ -110,6 +114,10 @@ class Summary:
             f"  note on {counted(count, 'volume')}: {kind}"
             for kind, count in sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
         ]
+        if self.flagged:
+            lines.append(
+                f"  flagged near_excluded: {counted(self.flagged, 'slice')} that the store had"
+            )
         lines += _grouped("excluded", [(key, why[len(EXCLUDED) :]) for key, why in self.excluded])
         lines += _grouped("skipped", self.skipped)
         if self.signal is not None:
@@ -194,6 +202,7 @@ def curate(
     rules = SliceRules(pixel_spacing_mm, size, min_gap_mm, keep_flagged)
     _check_numbers(workers, shard)
     check_modality(modality)
+    check_target(Path(store), shard)
     pattern = None if patients is None else compiled(patients)
     arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
     found, refused = find_sources(arguments)
@@ -207,19 +216,19 @@ def curate(
     if not allow_benchmarks:
         check_benchmarks(found, arguments, excluded, benchmark_names)
     guard = build_guard(excluded, progress)
-    check_store(guard, Path(store))
+    alike = check_store(guard, Path(store), progress)
     # an option only where it is set: stores of before have none of this name
     options = rules.options() | ({"hide_paths": True} if hide_paths else {})
-    writer = StoreWriter(Path(store).absolute(), options)
-    names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
-    job = Job(writer, rules, guard, names, pattern is not None, modality)
-
-    summary = Summary()
-    for key, reason in refused:
-        if in_shard(key, shard):
-            _count(skipped(key, reason), summary, job)
-    mine = [source for source in found if in_shard(source.key, shard)]
-    with Stop() as stop:
+    folder = Path(store).absolute()
+    with Stop() as stop, writing(folder, _teller(progress), shard):
+        writer = StoreWriter(folder, options)
+        names = Names(writer.key(), hide_paths, tuple(sorted(set(guard.origins.values()))))
+        job = Job(writer, rules, guard, names, pattern is not None, modality)
+        summary = Summary(flagged=mark_compared(guard, writer, alike))
+        for key, reason in refused:
+            if in_shard(key, shard):
+                _count(skipped(key, reason), summary, job)
+        mine = [source for source in found if in_shard(source.key, shard)]
         with Progress(len(mine), "volumes", every=PROGRESS_EVERY, stream=progress) as bar:
             begin = time.monotonic()
             for outcome in _run(mine, job, workers, dask_scheduler, stop):
@@ -228,11 +237,16 @@ def curate(
                 bar.advance(
                     f"{summary.slices} slices, {rate:.0f} slices/s, {len(summary.skipped)} skipped"
                 )
-        build_index(job.writer.folder)
-        write_report(job.writer.folder)
+        build_index(folder)
+        with one_at_a_time(folder):  # no shard builds an index under the report
+            write_report(folder)
     summary.signal = stop.number
     summary.seconds = time.monotonic() - start
     return summary
+
+
+def _teller(progress: TextIO | None) -> Callable[[str], None]:
+    return lambda line: None if progress is None else print(line, file=progress)
 
 
 def _count(outcome: Outcome, summary: Summary, job: Job) -> None:

@@ -76,7 +76,9 @@ def write_report(folder: Path | str) -> Path:
             [_table(("source", "slices", "reason"), left_out)],
         ),
         Section("Notes", [_table(("volumes", "note"), notes)]),
-        Section("Sources that did not enter", [_table(("source", "reason"), skips)]),
+        Section(
+            "Sources that did not enter", [*_by_kind(skips), _table(("source", "reason"), skips)]
+        ),
         Section("Sources excluded on request", [_table(("source", "reason"), excluded)]),
         Section("Options", [_table(("option", "value"), sorted(store.options.items()))]),
     ]
@@ -92,6 +94,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Block:
 
 
 _DatasetRow = tuple[str, int, int, int, int]  # name, volumes, patients, slices, left out
+
+
+def _by_kind(skips: Sequence[tuple[str, str]]) -> list[Block]:
+    """Return a table of the kinds of reasons, where there are fewer than sources."""
+    kinds = Counter(kind_of(reason) for _, reason in skips)
+    return [_table(("sources", "reason"), _counted(kinds))] if len(kinds) < len(skips) else []
+
+
+def _counted(kinds: Counter[str]) -> list[tuple[int, str]]:
+    """Return (number, kind), the most frequent first."""
+    return [(number, kind) for kind, number in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))]
 
 
 def _read_volumes(
@@ -121,8 +134,7 @@ def _read_volumes(
         (name, volumes[name], len(patients[name]), slices[name], lost[name])
         for name in sorted(volumes)
     ]
-    counted_notes = [(number, kind) for kind, number in sorted(notes.items())]
-    return left_out, rows, counted_notes, sum(arrays.values())
+    return left_out, rows, _counted(notes), sum(arrays.values())
 
 
 def _datasets(rows: Sequence[_DatasetRow], columns: dict[str, np.ndarray]) -> Block:

@@ -1,4 +1,4 @@
-"""Slices at another pixel spacing and size, linearly in-plane."""
+"""Slices in another geometry: to a pixel spacing, then to a size (MedDINOv3, sec. 3.2)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, counted
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
 from nnunetv2_meddinov3.store.mapping import INT16, STORED_HIGH, Mapping, mapping_of
-from nnunetv2_meddinov3.store.records import SliceRecord
+from nnunetv2_meddinov3.store.records import NEAR_EXCLUDED, SliceRecord
 
 BODY_ABOVE_HU = -500  # fat is about -100, aerated lung about -850, air -1000
 BODY_ABOVE = 0.1  # of the way from low to high, for values that are not HU
@@ -134,7 +134,28 @@ def stack_slices(volume: Volume) -> Stack:
         array, broken = _mapped(volume.array, mapping)
         notes = (*notes, *_told(array, broken, mapping))
         intensity = {**mapping.facts(), **intensity}
-    scale = _scale(volume.windowed, intensity)
+    return _stack(array, broken, volume.windowed, intensity, notes)
+
+
+def stack_of_stored(array: np.ndarray, windowed: bool, intensity: dict[str, float] | None) -> Stack:
+    """Return slices that a store holds as they were before they entered it.
+
+    Args:
+        array: (S, H, W) int16.
+        windowed: As in the record of the volume, and so is ``intensity``.
+        intensity: Contract of numbers that are not HU.
+    """
+    return _stack(array, {}, windowed, intensity, ())
+
+
+def _stack(
+    array: np.ndarray,
+    broken: dict[int, str],
+    windowed: bool,
+    intensity: dict[str, float] | None,
+    notes: tuple[str, ...],
+) -> Stack:
+    scale = _scale(windowed, intensity)
     empty = {}
     for z, image in enumerate(array):
         if z not in broken and (reason := _emptiness(image, scale)):
@@ -297,7 +318,7 @@ def cut_volume(
     records = []
     for index, z in enumerate(kept):
         flags = [without_details(stack.empty[z]).replace(" ", "_")] if z in stack.empty else []
-        flags += ["near_excluded"] if z in near_excluded else []
+        flags += [NEAR_EXCLUDED] if z in near_excluded else []
         position = None if volume.positions_mm is None else float(volume.positions_mm[z])
         records.append(_describe(array[index], stack.scale, index, z, position, flags))
     return CutVolume(array, spacing, records, sorted(left_out.items()))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -15,18 +15,47 @@ import torch
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain.config import (
     GLOBAL_CROPS,
-    Head,
     Resolution,
     StageConfig,
     effective_lr_factor,
 )
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
+from nnunetv2_meddinov3.pretrain.memory import (
+    SHOWN_BY_IBOT,
+    Measured,
+    backbone_parameters,
+    forget_peak,
+    head_parameters,
+    installed_gb,
+    memory_gb,
+    peak_gb,
+    widest,
+)
+from nnunetv2_meddinov3.pretrain.stated import of_random_weights
 from nnunetv2_meddinov3.pretrain.train import Stage
+from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 from nnunetv2_meddinov3.signals import Stop
 
 _GROUP_ON_CPU = 2  # images: the fewest that losses can be computed of
-# masked patches per image as a share of a global crop's: 2 x 0.5 x mean(0.1, 0.5)
-_SHOWN_BY_IBOT = 0.3
+_SECONDS_ON_CPU = 10.0  # of the largest step whose memory is measured
+_SHARE_ON_CPU = 0.25  # of the machine's memory that it may take
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was made.
+
+    Attributes:
+        seconds: It took, at the largest crops.
+        images: It was of.
+        architecture: Of the backbone.
+        measured: Its memory; None where it is not measured.
+    """
+
+    seconds: float
+    images: int
+    architecture: Architecture
+    measured: Measured | None
 
 
 @dataclass(frozen=True)
@@ -70,31 +99,13 @@ def forward_flops(a: Architecture, size: int) -> float:
     return 2.0 * (stem + a.depth * block)
 
 
-def head_parameters(width: int, head: Head) -> int:
-    """Return the number of parameters of a projection head."""
-    widths = [width, *[head.hidden_dim] * (head.layers - 1), head.bottleneck_dim]
-    layers = sum((n + 1) * m for n, m in pairwise(widths))
-    return layers + head.bottleneck_dim * head.prototypes
-
-
-def backbone_parameters(a: Architecture) -> int:
-    """Return the number of parameters of a backbone, mask token included."""
-    d, f = a.embed_dim, a.ffn_hidden
-    attention = 4 * d * d + d + (2 * d if a.qkv_bias else 0)
-    feed_forward = 2 * d * f + f + d if a.ffn == "mlp" else 3 * d * f + 2 * f + d
-    scales = 0 if a.layer_scale is None else 2 * d
-    block = attention + feed_forward + 4 * d + scales
-    stem = d * a.input_channels * a.patch_size**2 + d
-    return stem + a.depth * block + 2 * d + (2 + a.num_registers) * d
-
-
 def step_flops(config: StageConfig, a: Architecture, resolution: Resolution) -> Flops:
     """Return the operations of one step for one image (checked against torch's counter)."""
     crops = config.crops
     of_global = GLOBAL_CROPS * forward_flops(a, resolution.global_size)
     of_local = crops.local_crops * forward_flops(a, resolution.local_size)
     patches = (resolution.global_size // a.patch_size) ** 2
-    masked = _SHOWN_BY_IBOT * patches
+    masked = SHOWN_BY_IBOT * patches
     dino, ibot = (
         2.0 * head_parameters(a.embed_dim, h) for h in (config.heads.dino, config.heads.ibot)
     )
@@ -106,67 +117,20 @@ def step_flops(config: StageConfig, a: Architecture, resolution: Resolution) -> 
     return Flops(of_global, 3 * (of_global + of_local), teacher_heads + 3 * student_heads, gram)
 
 
-def memory_gb(config: StageConfig, a: Architecture, images: int, is_bf16: bool) -> dict[str, float]:
-    """Estimate the memory of a process without sharding, in GB.
-
-    Args:
-        config: Of the stage.
-        a: Of the backbone.
-        images: Forwarded at once.
-        is_bf16: Whether activations are.
-
-    Returns:
-        ``networks`` (weights, gradients, AdamW, teachers), ``activations``, ``logits``.
-    """
-    heads = sum(head_parameters(a.embed_dim, h) for h in (config.heads.dino, config.heads.ibot))
-    backbone = backbone_parameters(a)
-    gram = config.losses.gram
-    has_gram = gram.weight is not None and gram.teacher != "ema"
-    networks = 4 * (5 * (backbone + heads) + has_gram * backbone)  # w, grad, m, v, teacher
-    half, widest = (2 if is_bf16 else 4), max(config.crops.resolutions, key=lambda r: r.global_size)
-    tokens = sum(
-        count * ((size // a.patch_size) ** 2 + 1 + a.num_registers)
-        for count, size in (
-            (GLOBAL_CROPS, widest.global_size),
-            (config.crops.local_crops, widest.local_size),
-        )
-    )
-    products = 2 if a.ffn == "mlp" else 3
-    # kept by a block for its backward pass: two residuals in fp32, the rest as computed
-    block = 8 * a.embed_dim + half * (9 * a.embed_dim + products * a.ffn_hidden)
-    kept = 4 * a.embed_dim * a.depth + block
-    per_token = kept if config.engine.activation_checkpointing else a.depth * block
-    patches = (widest.global_size // a.patch_size) ** 2
-    rows = _SHOWN_BY_IBOT * patches * config.heads.ibot.prototypes
-    rows += (2 * GLOBAL_CROPS + config.crops.local_crops) * config.heads.dino.prototypes
-    return {
-        "networks": networks / 1e9,
-        "activations": images * tokens * per_token / 1e9,
-        "logits": images * rows * 16 / 1e9,  # fp32 logits, log-softmax, targets, gradient
-    }
-
-
-def resident_gb() -> float:
-    """Return the main memory that this process holds, in GB; 0 where the system keeps quiet."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
-
-
-def describe(config: StageConfig, a: Architecture, runtime: Runtime, process_gb: float = 0) -> str:
+def describe(
+    config: StageConfig, a: Architecture, runtime: Runtime, measured: Measured | None = None
+) -> str:
     """Return crops, grids, parameters, operations and memory of a stage as text.
 
     Args:
         config: Of the stage.
         a: Of the backbone.
         runtime: This process.
-        process_gb: Memory beside what is counted: the process itself, on the CPU.
+        measured: Memory of small steps, from which that of whole ones follows.
     """
-    optim, engine, crops = config.optim, config.engine, config.crops
+    optim, crops = config.optim, config.crops
     per_rank = optim.batch_size // runtime.world_size
-    at_once = engine.micro_batch or per_rank
+    at_once = _at_once(config, runtime)
     factor = effective_lr_factor(config)
     lines = [
         f"stage {config.stage}",
@@ -192,15 +156,20 @@ def describe(config: StageConfig, a: Architecture, runtime: Runtime, process_gb:
         f"  parameters             backbone {backbone_parameters(a) / 1e6:.1f} M, heads "
         f"{heads[0] / 1e6:.1f} M and {heads[1] / 1e6:.1f} M"
     )
-    memory = memory_gb(config, a, at_once, runtime.precision == "bf16")
-    if process_gb:
-        memory = {"process": process_gb, **memory}
+    is_bf16 = runtime.precision == "bf16"
+    count = memory_gb if measured is None else measured.memory_gb
+    memory = count(config, a, at_once, is_bf16, per_rank)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in memory.items())
-    lines.append(
-        f"  memory of a process    about {sum(memory.values()):.1f} GB ({parts}; counted without "
-        "sharding)"
-    )
+    how = "counted without sharding" if measured is None else "from measured small steps"
+    lines.append(f"  memory of a process    about {sum(memory.values()):.1f} GB ({parts}; {how})")
     return "\n".join(lines)
+
+
+def _at_once(config: StageConfig, runtime: Runtime) -> int:
+    """Return how many images a process forwards at once: whole groups of them."""
+    per_rank, group = config.optim.batch_size // runtime.world_size, config.losses.koleo_group
+    micro = config.engine.micro_batch
+    return per_rank if micro is None else min(per_rank, max(1, micro // group) * group)
 
 
 def _peak(config: StageConfig) -> float:
@@ -215,8 +184,8 @@ def _grid(size: int, a: Architecture) -> str:
 def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
     """Describe each stage and make one step of it; nothing is kept.
 
-    The step has random weights, so that neither weights nor an earlier stage must be there. On the
-    CPU it is of two images; elsewhere of one micro-batch.
+    The step has random weights, so that neither weights nor an earlier stage must be there, and the
+    largest crops. On the CPU it is of two images; elsewhere of one micro-batch.
 
     Args:
         stages: Configs, checked by ``stages.check``.
@@ -226,23 +195,30 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
         UserError: If a config does not fit the store.
     """
     with started(stages[0].engine) as runtime:
-        base = resident_gb()  # Python, torch and the other libraries
         for config in stages:
-            seconds, images, architecture = _time_a_step(config, runtime)
-            process = 0.0
-            if runtime.device.type == "cpu":  # what the step left there, less what is counted
-                small = memory_gb(config, architecture, images, runtime.precision == "bf16")
-                process = max(base, resident_gb() - sum(small.values()))
-            whole = seconds * config.optim.batch_size / images
+            step = _make_a_step(config, runtime)
+            gc.collect()  # its networks
+            whole = step.seconds * config.optim.batch_size / step.images
+            whole *= _share_of_largest(config, step.architecture)
             time_of_all = in_words(whole * config.optim.steps)
             if runtime.is_main:
                 stream.write(
-                    f"{describe(config, architecture, runtime, process)}\n"
-                    f"  one step               {seconds:.2f} s for {images} images on "
-                    f"{runtime.device.type}: {images / seconds:.1f} images/s, about {time_of_all} "
-                    f"for {config.optim.steps} steps of {config.optim.batch_size}\n\n"
+                    f"{describe(config, step.architecture, runtime, step.measured)}\n"
+                    f"  one step               {step.seconds:.2f} s for {step.images} images on "
+                    f"{runtime.device.type}: {step.images / step.seconds:.1f} images/s, about "
+                    f"{time_of_all} for {config.optim.steps} steps of {config.optim.batch_size}\n\n"
                 )
                 stream.flush()
+
+
+def _share_of_largest(config: StageConfig, a: Architecture) -> float:
+    """Return the operations of a step on average over the resolutions, over the largest's."""
+    each = [
+        (resolution.probability, step_flops(config, a, resolution).total)
+        for resolution in config.crops.resolutions
+    ]
+    mean = sum(p * flops for p, flops in each) / sum(p for p, _ in each)
+    return mean / step_flops(config, a, widest(config, a)).total
 
 
 def in_words(seconds: float) -> str:
@@ -253,23 +229,58 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def _time_a_step(config: StageConfig, runtime: Runtime) -> tuple[float, int, Architecture]:
-    """Return the seconds of one step after a first one, its images, and the architecture."""
+def _make_a_step(config: StageConfig, runtime: Runtime) -> Step:
+    """Make a first step, one that is timed, and on the CPU one of more images for its memory."""
     small = _shortened(config, runtime)
+    images = small.optim.batch_size
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(small, Path(folder) / "stage", runtime, previous=None, stream=None)
+        a = stage.start.architecture
         batches = stage.loader.iterate(0)
-        for _ in range(2):  # the first compiles and allocates
-            views = next(batches)
-            start = time.perf_counter()
-            stage.one_step(views, Stop())
-            if runtime.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            stage.step += 1
+        _seconds_of(stage, next(batches))  # compiles and allocates
+        forget_peak()
+        seconds = _seconds_of(stage, next(batches))
+        measured = None
+        if runtime.device.type == "cpu" and (peak := peak_gb()) is not None:
+            measured = Measured({images: peak})
+            more = _affordable(config, a, runtime, seconds / images)
+            if more > images:
+                _seconds_of(stage, _joined(batches, more // images))
+                measured = Measured({images: peak, more: peak_gb() or peak})
         batches.close()
         stage.observer.close()
-        return seconds, small.optim.batch_size, stage.start.architecture
+        return Step(seconds, images, a, measured)
+
+
+def _seconds_of(stage: Stage, views: list[ViewBatch]) -> float:
+    start = time.perf_counter()
+    stage.one_step(views, Stop())
+    if stage.runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    stage.step += 1
+    return time.perf_counter() - start
+
+
+def _joined(batches: Iterator[list[ViewBatch]], steps: int) -> list[ViewBatch]:
+    """Return the images of several steps as one micro-batch."""
+    return [join([batch for _ in range(steps) for batch in next(batches)])]
+
+
+def _affordable(config: StageConfig, a: Architecture, runtime: Runtime, seconds: float) -> int:
+    """Return of how many images a step is made to measure its memory.
+
+    Args:
+        config: Of the stage.
+        a: Of the backbone.
+        runtime: This process; all make a step of as many images.
+        seconds: That an image takes.
+    """
+    images = min(max(int(_SECONDS_ON_CPU / seconds), 2 * _GROUP_ON_CPU), _at_once(config, runtime))
+    is_bf16, free = runtime.precision == "bf16", _SHARE_ON_CPU * installed_gb()
+    while images > _GROUP_ON_CPU and sum(memory_gb(config, a, images, is_bf16).values()) > free:
+        images //= 2
+    images = images // _GROUP_ON_CPU * _GROUP_ON_CPU
+    return int(runtime.reduce(torch.tensor(images), "MIN").item())
 
 
 def _shortened(config: StageConfig, runtime: Runtime) -> StageConfig:
@@ -287,4 +298,5 @@ def _shortened(config: StageConfig, runtime: Runtime) -> StageConfig:
     small.optim.batch_size = at_once * runtime.world_size
     small.engine.probe_every, small.engine.tensorboard, small.engine.wandb = None, False, None
     small.data.workers = 0
+    small.crops.resolutions = [widest(config, of_random_weights(config))]
     return small

@@ -32,8 +32,8 @@ from nnunetv2_meddinov3.pretrain.views.photometric import Ends
 from nnunetv2_meddinov3.signals import leave_stopping_to_the_parent
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.reader import SliceStore
+from nnunetv2_meddinov3.store.records import NEAR_EXCLUDED
 
-NEAR_EXCLUDED = "near_excluded"  # a flag of a store, see docs/curation.md
 # the last number of a seed says what is drawn, so that nothing is drawn twice
 _EPOCH, _RESOLUTION, _VIEWS = range(3)
 
@@ -79,13 +79,14 @@ def is_near_excluded(store: SliceStore) -> np.ndarray:
     return flagged
 
 
-def said_of_slices(config: StageConfig) -> list[str]:
+def said_of_slices(config: StageConfig, store: SliceStore, rows: np.ndarray) -> list[str]:
     """Return lines on the slices of a stage: which are left out, and what the others hold.
 
-    Raises:
-        UserError: As ``open_store``.
+    Args:
+        config: Of the stage.
+        store: What ``open_store`` gave for it, and so are ``rows``.
+        rows: Of the slices that are trained on.
     """
-    store, rows = open_store(config)
     everything = _rows(store, config)
     flagged = is_near_excluded(store)[everything]
     lines = []

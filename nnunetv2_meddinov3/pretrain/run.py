@@ -45,8 +45,7 @@ def run(
     Raises:
         UserError: If a stage cannot start or go on.
     """
-    for config in stages:  # all of them before the first starts
-        open_store(config)
+    opened = {config.stage: open_store(config) for config in stages}  # before the first starts
     needs_work = not all(is_finished(out, config.stage) for config in stages)
     with started(stages[0].engine) as runtime, Stop() as stop, contextlib.ExitStack() as held:
         if needs_work:
@@ -59,10 +58,11 @@ def run(
                 _say(runtime, stream, f"stage {config.stage} is finished: {folder / EXPORT}")
                 continue
             if runtime.is_main:
-                for line in said_of_slices(config):
+                for line in said_of_slices(config, *opened[config.stage]):
                     _say(runtime, stream, line)
             previous = None if config.stage == 1 else stage_folder(out, config.stage - 1)
-            stage = Stage(config, folder, runtime, previous=previous, stream=stream)
+            data = opened[config.stage]
+            stage = Stage(config, folder, runtime, previous=previous, stream=stream, data=data)
             _check_later(stages[stages.index(config) + 1 :], stage)
             if runtime.is_main:
                 write_provenance(folder, to_yaml(stage.config), stage.provenance())

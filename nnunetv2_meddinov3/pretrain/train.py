@@ -35,6 +35,7 @@ from nnunetv2_meddinov3.pretrain.run_folder import (
 from nnunetv2_meddinov3.pretrain.schedules import schedules_of
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.signals import Stop
+from nnunetv2_meddinov3.store.reader import SliceStore
 
 
 class Stage:
@@ -46,6 +47,7 @@ class Stage:
         runtime: This process.
         previous: Folder of the stage before, where the start or the Gram teacher need it.
         stream: Where the main process says how far it is.
+        data: What ``open_store`` returned for this config; opened by default.
 
     Attributes:
         step: Steps that are done.
@@ -62,11 +64,11 @@ class Stage:
         *,
         previous: Path | None,
         stream: TextIO | None,
+        data: tuple[SliceStore, np.ndarray] | None = None,
     ) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
-
         # data, and the checkpoint to go on from
-        store, rows = open_store(config)
+        store, rows = open_store(config) if data is None else data
         self.config = config = with_kinds(config, store, rows)
         self.store = store_provenance(store, rows)
         self.checkpoints = checkpoints.CheckpointFolder(folder / CHECKPOINTS)

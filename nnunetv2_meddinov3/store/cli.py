@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.files import check_writable
+from nnunetv2_meddinov3.store.sharing import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,6 +62,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    check_target(args.into)
     from nnunetv2_meddinov3.store.manage import merge
     from nnunetv2_meddinov3.store.reader import SliceStore
 
@@ -96,6 +99,7 @@ def _fractions(splits: Sequence[str]) -> dict[str, float]:
 
 
 def _export(args: argparse.Namespace) -> int:
+    check_writable(args.target)
     from nnunetv2_meddinov3.store.manage import export_npy
 
     print(f"{args.target}: {export_npy(args.store, args.target)} slices")

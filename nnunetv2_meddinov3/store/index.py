@@ -23,6 +23,7 @@ from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.fingerprints import digests, first_of_equal
 from nnunetv2_meddinov3.store.records import SliceRecord, VolumeRecord, kind_of, read_record
+from nnunetv2_meddinov3.store.sharing import one_at_a_time
 
 METADATA = b"meddinov3"  # key of ours in the schema of the index
 _ROWS_PER_BATCH = 1 << 16  # of both files, at least; 16 MB in memory
@@ -128,7 +129,7 @@ def build_index(folder: Path | str) -> Path:
     folder = Path(folder)
     options = layout.read_options(folder)
     try:
-        with layout.one_at_a_time(folder), tempfile.TemporaryFile(dir=folder, prefix=".") as rows:
+        with one_at_a_time(folder), tempfile.TemporaryFile(dir=folder, prefix=".") as rows:
             records = _with_rows_kept(read_records(folder, in_order=False), rows)
             catalogue = read_catalogue(folder, options, records)
             index_sha256 = _write_rows(folder, catalogue, rows)

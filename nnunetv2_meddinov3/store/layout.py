@@ -1,12 +1,10 @@
-"""The files of a store: their names, their checksums, and the lock that index builders share."""
+"""The files of a store: their names and their checksums."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ VOLUMES = "volumes"
 RECORDS = "records"
 SKIPPED = "skipped"
 FILES = {STORE, KEY, INDEX, MAPPED_INDEX, MANIFEST, SPLITS, REPORT}
+LOCKS = ("lock.json", "lock-")  # names of locks begin so, see ``sharing``
 FOLDERS = {VOLUMES, RECORDS, SKIPPED}
 
 
@@ -111,9 +110,10 @@ def read_key(folder: Path) -> bytes | None:
 
 
 def write_key(folder: Path, key: bytes | None = None) -> None:
-    """Give a folder that becomes a store a key, unless another process has done so already.
+    """Give a folder that becomes a store a key, unless it has one.
 
-    Only the user who makes the store may read the file.
+    Only the user who makes the store may read the file. Where several processes may make one store,
+    call this in ``sharing.one_at_a_time``.
 
     Args:
         folder: Of the store.
@@ -129,6 +129,28 @@ def write_key(folder: Path, key: bytes | None = None) -> None:
     with files.replacing(path, keep_existing=True) as part:
         part.touch(mode=0o600)
         part.write_bytes(data)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that is no store and holds other files.
+
+    Raises:
+        UserError: With the name of a file.
+        OSError: If it cannot be read.
+    """
+    if (folder / STORE).is_file() or not folder.is_dir():
+        return
+    others = [path.name for path in folder.iterdir() if not _may_precede(path.name)]
+    if others:
+        raise UserError(
+            f"{folder} must be a slice store or an empty folder, but holds other files such as "
+            f"{min(others)}: give another folder."
+        )
+
+
+def _may_precede(name: str) -> bool:
+    """Return whether a writer killed while making the store, or the system, may have left it."""
+    return name in FOLDERS or name.startswith((".", STORE, KEY, *LOCKS))
 
 
 def _read_store(folder: Path) -> dict[str, Any]:
@@ -159,24 +181,3 @@ def check_format(number: int, folder: Path) -> None:
             f"{folder} must be a store of format {FORMAT}, but has format {number}: use the "
             "version of nnunetv2_meddinov3 that made it, or curate again into another folder."
         )
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in the same block for the same store.
-
-    The lock ends with its process. Where the system or the file system has none, nobody waits.
-
-    Raises:
-        UserError: If the store cannot be written.
-    """
-    try:
-        file = (folder / STORE).open("r+b")
-    except OSError as error:
-        raise files.unwritable(folder / STORE, error) from error
-    with file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -20,7 +20,8 @@ from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.fingerprints import digests, first_of_equal
 from nnunetv2_meddinov3.store.index import build_index, read_records, read_skips
 from nnunetv2_meddinov3.store.reader import SliceStore
-from nnunetv2_meddinov3.store.records import read_record
+from nnunetv2_meddinov3.store.records import read_frame, read_record
+from nnunetv2_meddinov3.store.sharing import check_target, refuse_written, writing
 from nnunetv2_meddinov3.store.writer import StoreWriter
 
 
@@ -40,33 +41,34 @@ def merge(folders: Sequence[Path | str], target: Path | str, *, with_key: bool =
 
     Raises:
         UserError: If a folder is not a store, options differ, a source key stands for different
-            files, the target is one of the folders, a source store is damaged, or ``with_key``
-            is set and they have not one key.
+            files, the target is one of the folders, a source store is damaged, a process writes
+            to one of them, or ``with_key`` is set and they have not one key.
     """
     stores, target = [Path(folder) for folder in folders], Path(target)
     options = _shared_options(stores, target)
+    check_target(target)
+    for store in stores:
+        refuse_written(store)
     chosen = _choose_records([*stores, target] if target.is_dir() else stores)
     new_key = _shared_key(stores, target) if with_key else None
     keyed = any(layout.is_keyed(store) for store in stores)
-    writer = StoreWriter(target, options, keyed=keyed, new_key=new_key)
-    for path in chosen.values():
-        record = read_record(path)
-        if writer.has(record.source_key, record.source_sha256):
-            continue
-        array = path.parents[1] / layout.array_name(record.volume_id)
-        frame = array.read_bytes() if array.is_file() else b""
-        if files.sha256(frame) != record.array_sha256:
-            raise UserError(
-                f"the array {array} (from {record.source_key}) must be as it was written, but is "
-                f"missing or damaged: repair that store first, `meddinov3 store verify "
-                f"{path.parents[1]}` says how."
-            )
-        writer.adopt(record, frame)
-    skips = sorted({skip for store in stores for skip in read_skips(store)}, reverse=True)
-    for key, reason in skips:  # of two reasons for one source the first in order is written last
-        if key not in chosen:
-            writer.write_skip(key, reason)
-    return build_index(target)
+    with writing(target, _say_nothing):
+        writer = StoreWriter(target, options, keyed=keyed, new_key=new_key)
+        for path in chosen.values():
+            record = read_record(path)
+            if writer.has(record.source_key, record.source_sha256):
+                continue
+            writer.adopt(record, read_frame(path.parents[1], record))
+        skips = sorted({skip for store in stores for skip in read_skips(store)}, reverse=True)
+        # of two reasons for one source the first in order is written last
+        for key, reason in skips:
+            if key not in chosen:
+                writer.write_skip(key, reason)
+        return build_index(target)
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def _shared_options(stores: list[Path], target: Path) -> dict[str, Any]:

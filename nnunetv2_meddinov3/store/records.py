@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_meddinov3 import files
+from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store import layout
+
+NEAR_EXCLUDED = "near_excluded"  # flag of a slice that looks like one which must not enter
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class SliceRecord:
         hu_min: Smallest stored value (HU for CT).
         hu_max: Largest stored value.
         hu_mean: Mean of the stored values.
-        flags: What a reader may want to leave out, such as ``"near_excluded"``.
+        flags: What a reader may want to leave out, such as ``NEAR_EXCLUDED``.
     """
 
     index: int
@@ -114,16 +118,18 @@ _QUOTED = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")(?!\w)""")
 _DIGEST = re.compile(r" ?\b[0-9a-f]{16,}\b")
 _ONE = re.compile(r"(?<![\w.-])1 ((?:[a-z-]+ )?(?:slice|image|localizer|pixel|volume))\b")
 _NUMBER = r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?:x\d+)*(?![\w-]|\.\d)"
+_FILES = re.compile(r"(\bimages? left out, [^:]+): .*|(\bas the labels of ).+( beside it)")
 _NUMBERS = re.compile(rf"{_NUMBER}(?:, {_NUMBER})*")
 
 
 def kind_of(remark: str) -> str:
     """Return a note or a reason without what differs from source to source.
 
-    Numbers become N, what is in quotes becomes ..., hashes go: "3 duplicate slices left out" is
-    "N duplicate slices left out", and so is that of one slice.
+    Numbers become N, what is in quotes becomes ..., hashes and names of files go: "3 duplicate
+    slices left out" is "N duplicate slices left out", and so is that of one slice.
     """
-    text = _DIGEST.sub("", _QUOTED.sub("...", remark))
+    text = _FILES.sub(lambda found: found[1] or f"{found[2]}...{found[3]}", remark)
+    text = _DIGEST.sub("", _QUOTED.sub("...", text))
     return _NUMBERS.sub("N", _ONE.sub(r"1 \1s", text))
 
 
@@ -135,6 +141,23 @@ def read_record(path: Path) -> VolumeRecord:
         Damaged: If it is not what was written.
     """
     return VolumeRecord.from_dict(layout.unsealed(path.read_bytes(), "record_sha256"))
+
+
+def read_frame(folder: Path, record: VolumeRecord) -> bytes:
+    """Return the bytes of the array file of a record.
+
+    Raises:
+        UserError: If it is missing, or not what was written.
+    """
+    path = folder / layout.array_name(record.volume_id)
+    frame = path.read_bytes() if path.is_file() else b""
+    if files.sha256(frame) != record.array_sha256:
+        raise UserError(
+            f"the array {path} (from {record.source_key}) must be as it was written, but is "
+            f"missing or damaged: repair that store first, `meddinov3 store verify {folder}` says "
+            "how."
+        )
+    return frame
 
 
 def volume_identity(slices: np.ndarray) -> str:

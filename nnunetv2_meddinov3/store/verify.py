@@ -15,6 +15,7 @@ from nnunetv2_meddinov3.store.codec import open_array
 from nnunetv2_meddinov3.store.fingerprints import slice_sha256
 from nnunetv2_meddinov3.store.index import read_catalogue, read_records
 from nnunetv2_meddinov3.store.records import VolumeRecord, read_record
+from nnunetv2_meddinov3.store.sharing import is_lock, refuse_written
 
 _VOLUMES_PER_LINE = 100  # of progress, where it is not a bar
 _AGAIN = "run the same `meddinov3 curate` again"
@@ -31,11 +32,12 @@ def verify(folder: Path | str, stream: TextIO | None = None) -> list[str]:
         stream: Where to write how many volumes are checked, None for nowhere.
 
     Raises:
-        UserError: If there is no store.
+        UserError: If there is no store, or a process writes to it.
     """
     folder = Path(folder)
     if not (folder / layout.STORE).is_file():
         layout.read_options(folder)
+    refuse_written(folder)
     found: list[str] = []
     options: dict[str, Any] | None = None
     try:
@@ -185,7 +187,9 @@ def _strays(folder: Path, volumes: set[str]) -> Iterator[str]:
             relative = path.relative_to(folder).as_posix()
             if name.startswith(".") or relative in named or _is_json(path, folder):
                 continue
-            if not name.endswith(".part"):
+            if is_lock(relative):
+                yield f"{path} was left by a writer that was killed: {_AGAIN}, which deletes it."
+            elif not name.endswith(".part"):
                 yield f"{path} belongs to no record: delete it, or {_AGAIN} if one was interrupted."
             elif files.is_leftover(path):
                 yield f"{path} was left by an interrupted writer: {_AGAIN}, which deletes it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.store import codec, layout
 from nnunetv2_meddinov3.store.records import VolumeRecord, read_record, volume_identity
+from nnunetv2_meddinov3.store.sharing import one_at_a_time
 
 
 class StoreWriter:
@@ -46,11 +48,9 @@ class StoreWriter:
         _make_folders(self.folder)
         for place in (self.folder, *(self.folder / name for name in layout.FOLDERS)):
             files.sweep_leftovers(place)
-        values = {"format": layout.FORMAT, "options": self.options}
-        if keyed and not (self.folder / layout.STORE).is_file():
-            layout.write_key(self.folder, new_key)  # first: a keyed store has its key
-        data = layout.sealed(values | ({"keyed": True} if keyed else {}), "store_sha256")
-        files.write_bytes(self.folder / layout.STORE, data, keep_existing=True)
+        if not (self.folder / layout.STORE).is_file():
+            with one_at_a_time(self.folder):
+                self._make(keyed, new_key)
         made_with = layout.read_options(self.folder)
         if made_with != self.options:
             raise UserError(
@@ -58,6 +58,15 @@ class StoreWriter:
                 f"{_differences(made_with, self.options)}: give the same options or another "
                 "folder."
             )
+
+    def _make(self, keyed: bool, new_key: bytes | None) -> None:
+        """Make the folder a store, unless another process did so meanwhile."""
+        path = self.folder / layout.STORE
+        if keyed and not path.is_file():
+            layout.write_key(self.folder, new_key)  # first: a keyed store has its key
+        values = {"format": layout.FORMAT, "options": self.options}
+        data = layout.sealed(values | ({"keyed": True} if keyed else {}), "store_sha256")
+        files.write_bytes(path, data, keep_existing=True)
 
     def key(self) -> bytes | None:
         """Return the secret key of the store, None where it was made without.
@@ -73,9 +82,8 @@ class StoreWriter:
 
     def present(self, source_key: str, source_sha256: str) -> VolumeRecord | None:
         """Return the record of a source that has entered as it is now, None if it has not."""
-        path = self.folder / layout.RECORDS / layout.record_name(source_key)
         try:
-            record = read_record(path)
+            record = read_record(self._record_path(source_key))
             size = (self.folder / layout.array_name(record.volume_id)).stat().st_size
         except (FileNotFoundError, layout.Damaged):
             return None
@@ -88,11 +96,36 @@ class StoreWriter:
         Raises:
             UserError: If the record cannot be written.
         """
-        path = self.folder / layout.RECORDS / layout.record_name(source_key)
-        record = read_record(path)
+        record = read_record(self._record_path(source_key))
         if record.patient != patient:
-            record = replace(record, patient=patient)
-            files.write_bytes(path, layout.sealed(record.to_dict(), "record_sha256"))
+            self._write_record(replace(record, patient=patient))
+
+    def remark(
+        self, source_key: str, notes: Sequence[str], flag: str, marked: Sequence[int]
+    ) -> int:
+        """Add notes to the record of a source that has entered, and a flag to some of its slices.
+
+        Args:
+            source_key: Of the source.
+            notes: What the record says already is not said again.
+            flag: Of the slices.
+            marked: Their indices in the stored array.
+
+        Returns:
+            The number of slices that did not have the flag.
+
+        Raises:
+            UserError: If the record cannot be written.
+        """
+        record = read_record(self._record_path(source_key))
+        fresh = {index for index in marked if flag not in record.slices[index].flags}
+        slices = [
+            replace(each, flags=[*each.flags, flag]) if each.index in fresh else each
+            for each in record.slices
+        ]
+        added = [note for note in notes if note not in record.notes]
+        self._write_record(replace(record, slices=slices, notes=(*record.notes, *added)))
+        return len(fresh)
 
     def write_volume(self, record: VolumeRecord, slices: np.ndarray) -> VolumeRecord:
         """Store the slices of one source and return its completed record.
@@ -131,10 +164,8 @@ class StoreWriter:
         """
         frame = self._place(record.volume_id, frame)
         record = replace(record, array_sha256=files.sha256(frame), array_bytes=len(frame))
+        self._write_record(record)
         name = layout.record_name(record.source_key)
-        files.write_bytes(
-            self.folder / layout.RECORDS / name, layout.sealed(record.to_dict(), "record_sha256")
-        )
         (self.folder / layout.SKIPPED / name).unlink(missing_ok=True)
         return record
 
@@ -147,6 +178,13 @@ class StoreWriter:
         values = {"source_key": source_key, "reason": reason}
         path = self.folder / layout.SKIPPED / layout.record_name(source_key)
         files.write_bytes(path, layout.sealed(values, "skip_sha256"))
+
+    def _record_path(self, source_key: str) -> Path:
+        return self.folder / layout.RECORDS / layout.record_name(source_key)
+
+    def _write_record(self, record: VolumeRecord) -> None:
+        data = layout.sealed(record.to_dict(), "record_sha256")
+        files.write_bytes(self._record_path(record.source_key), data)
 
     def _place(self, volume_id: str, frame: bytes) -> bytes:
         """Write an array unless it exists, and return the bytes of the file.
@@ -173,13 +211,7 @@ def _decodes_to(frame: bytes, volume_id: str) -> bool:
 
 def _make_folders(folder: Path) -> None:
     try:
-        if not (folder / layout.STORE).is_file() and folder.is_dir():
-            others = [path.name for path in folder.iterdir() if not _may_precede(path.name)]
-            if others:
-                raise UserError(
-                    f"{folder} must be a slice store or an empty folder, but holds other files "
-                    f"such as {min(others)}: give another folder."
-                )
+        layout.check_place(folder)
         for name in sorted(layout.FOLDERS):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -189,11 +221,6 @@ def _make_folders(folder: Path) -> None:
             f"the store {folder} must be a folder that can be written, but: "
             f"{first_line(error)}; give another folder, or change its permissions."
         ) from error
-
-
-def _may_precede(name: str) -> bool:
-    """Return whether a writer killed while making the store, or the system, may have left it."""
-    return name in layout.FOLDERS or name.startswith((".", layout.STORE, layout.KEY))
 
 
 def _differences(made_with: dict[str, Any], given: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def test_a_guard_with_a_hole_is_refused(tmp_path, make_ct, write_image):
 
 
 @pytest.mark.parametrize(
-    ("size", "doubt"), [(None, "shares slices with"), (16, "was not compared")]
+    ("size", "doubt"), [(None, "shares 3 slices with tests: "), (16, "was not compared with")]
 )
 def test_a_store_that_holds_what_is_excluded_now_is_not_continued(
     tmp_path, make_ct, write_image, size, doubt

@@ -46,6 +46,26 @@ def test_a_store_without_slices_has_a_report_too(tmp_path):
     assert "<td>a/broken.nii.gz</td>" in page
 
 
+def test_reasons_and_notes_are_counted_by_kind_the_most_frequent_first(
+    tmp_path, make_ct, write_image
+):
+    folder = tmp_path / "a"
+    for name in ("v", "w"):
+        write_image(folder / f"{name}.nii.gz", make_ct(3, 24) + np.float32(0.25))
+    write_image(folder / "x.nii.gz", np.round(make_ct(3, 24), -1) / np.float32(1000))
+    for name in ("v_seg", "w_mask", "empty"):
+        (folder / f"{name}.nii.gz").write_bytes(b"x" if "_" in name else b"")
+    curate([folder], tmp_path / "store")
+    page = (tmp_path / "store" / "report.html").read_text(encoding="utf-8")
+    grouped = "<td>2</td><td>it is named as the labels of ... beside it</td>"
+    assert page.index(grouped) < page.index("<td>1</td><td>the file is empty</td>")
+    assert "<td>a/v_seg.nii.gz</td><td>it is named as the labels of v.nii.gz beside it</td>" in page
+    notes = page[page.index(">Notes<") : page.index(">Sources that did not enter<")]
+    numbers = [int(number) for number in re.findall(r"<td>(\d+)</td>", notes)]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(set(numbers)) > 1
+
+
 def test_the_montage_shows_each_slice_in_its_window():
     image = np.full((8, 8), 100, np.int16)
     rows = [("A", [(image, 0, 100), (image, 100, 200)])]

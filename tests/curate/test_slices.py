@@ -3,12 +3,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.curate.slices import (
-    SliceRules,
-    cut_volume,
-    resample_slices,
-    stack_slices,
-)
+from nnunetv2_meddinov3.curate.resampling import resample_slices
+from nnunetv2_meddinov3.curate.slices import SliceRules, cut_volume, stack_slices
 from nnunetv2_meddinov3.curate.volume import Unreadable, Volume
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.store.fingerprints import (

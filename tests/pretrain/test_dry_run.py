@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain import dry_run
+from nnunetv2_meddinov3.pretrain import dry_run, memory
 from nnunetv2_meddinov3.pretrain.config import Head, Resolution, load_config
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.student import encode, pack_blocks
@@ -50,7 +50,7 @@ def test_gram_anchoring_adds_the_gram_teacher(size, gigaflops):
 def test_operations_and_parameters_are_those_torch_counts(size):
     a = architecture_of(size)
     backbone = pack_blocks(Backbone(a, mask_token=True)).eval()
-    assert dry_run.backbone_parameters(a) == sum(p.numel() for p in backbone.parameters())
+    assert memory.backbone_parameters(a) == sum(p.numel() for p in backbone.parameters())
     # torch counts the products of attention only where it computes them one by one
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encode(backbone, [torch.zeros(1, 3, 64, 64)])
@@ -65,8 +65,8 @@ def test_heads_have_the_parameters_that_are_counted():
     for sizes in ((100, 20, 10, 3), (50, 8, 4, 1)):
         head = Head(**dict(zip(Head.model_fields, sizes, strict=True)))
         parameters = sum(p.numel() for p in a_head(32, head).parameters())
-        assert dry_run.head_parameters(32, head) == parameters
-    assert dry_run.head_parameters(768, Head()) / 1e6 == pytest.approx(23.1, abs=0.05)
+        assert memory.head_parameters(32, head) == parameters
+    assert memory.head_parameters(768, Head()) / 1e6 == pytest.approx(23.1, abs=0.05)
 
 
 @pytest.mark.parametrize(("stage", "gram_teachers"), [("stage1", 0), ("stage2_gram", 1)])
@@ -78,7 +78,7 @@ def test_the_memory_of_networks_is_that_of_their_numbers(stage, gram_teachers):
     sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
     # weights, gradients and two moments of the student, weights of the teacher; in fp32
     wanted = 4 * (5 * sum(sizes) + gram_teachers * sizes[0])
-    assert dry_run.memory_gb(config, a, 4, is_bf16=False)["networks"] * 1e9 == wanted
+    assert memory.memory_gb(config, a, 4, is_bf16=False)["networks"] * 1e9 == wanted
 
 
 @pytest.mark.slow
@@ -104,51 +104,77 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(size):
                 torch.zeros(4 * images, 3, crops.local_size, crops.local_size),
             ],
         )
-    counted = dry_run.memory_gb(config, a, images, is_bf16=False)["activations"] * 1e9
+    counted = memory.memory_gb(config, a, images, is_bf16=False)["activations"] * 1e9
     assert counted == pytest.approx(sum(kept.values()), rel=0.25)
 
 
 _USE = """
-import io, re, sys, tempfile
+import io, re, resource, sys, tempfile
 from pathlib import Path
-from nnunetv2_meddinov3.pretrain.config import load_config
-from nnunetv2_meddinov3.pretrain.distributed import started
-from nnunetv2_meddinov3.pretrain.dry_run import dry_run, resident_gb
-from nnunetv2_meddinov3.pretrain.train import Stage
-from nnunetv2_meddinov3.signals import Stop
-config = load_config("tiny_stage1", [f"data.store={sys.argv[1]}", "optim.steps=3",
-    "optim.lr.warmup_steps=0", "engine.health_every=9", "engine.device=cpu", "data.workers=0"])
-if sys.argv[2] == "said":
+from nnunetv2_meddinov3.pretrain.dry_run import dry_run
+from nnunetv2_meddinov3.pretrain.stages import settled, stages_of
+what, store, name, *changes = sys.argv[1:]
+changes += ["engine.device=cpu", "data.workers=0", "engine.health_every=1000"]
+(config,) = settled(stages_of([name], changes, store=store), None)
+if what == "said":
     stream = io.StringIO()
     dry_run((config,), stream)
     print(re.search(r"memory of a process +about ([0-9.]+) GB", stream.getvalue())[1])
 else:
+    from nnunetv2_meddinov3.pretrain.distributed import started
+    from nnunetv2_meddinov3.pretrain.train import Stage
+    from nnunetv2_meddinov3.signals import Stop
+    # as late in the stage: from no earlier one, with the whole Gram loss, all at the largest crops
+    config.init.source, config.init.optimizer = "none", False
+    if config.losses.gram.weight is not None:
+        config.losses.gram.weight.start = config.losses.gram.weight.peak = 2.0
+        config.losses.gram.teacher = "init"
+    config.crops.resolutions = config.crops.resolutions[-1:]
     with started(config.engine) as runtime, tempfile.TemporaryDirectory() as folder:
-        stage = Stage(config, Path(folder) / "stage1", runtime, previous=None, stream=None)
+        stage = Stage(config, Path(folder) / "stage", runtime, previous=None, stream=None)
         batches = stage.loader.iterate(0)
         for _ in range(3):
             stage.one_step(next(batches), Stop())
             stage.step += 1
-        print(resident_gb())
+        stage.save()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 """
+_SMALL = "model.size=vit_small"
+_PROTOTYPES = "heads={dino: {prototypes: 16384}, ibot: {prototypes: 16384}}"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_the_memory_that_is_said_is_about_what_the_tiny_preset_uses_on_a_cpu(ct_store):
-    said, used = (
-        float(
-            subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", _USE, str(ct_store), what],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()[-1]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tiny_stage1"],
+        ["tiny_stage2_gram"],
+        ["tiny_stage3_highres"],
+        ["tiny_stage1", "optim.batch_size=64", "engine.micro_batch=16"],
+        ["tiny_stage1", "optim.batch_size=96", "engine.micro_batch=8", _PROTOTYPES],
+        ["tiny_stage3_highres", "engine.micro_batch=32", "engine.activation_checkpointing=true"],
+        ["tiny_stage1", _SMALL, "optim.batch_size=8"],
+        ["tiny_stage2_gram", _SMALL, "optim.batch_size=24"],
+        ["tiny_stage3_highres", _SMALL, "optim.batch_size=16"],
+        ["tiny_stage1", _SMALL, "engine.activation_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_the_memory_that_is_said_is_about_what_is_used_on_a_cpu(ct_store, words):
+    order = ["said", "used"]
+    found = {}
+    for what in order if len(words) % 2 else reversed(order):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _USE, what, str(ct_store), *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
-        for what in ("said", "used")
-    )
-    assert said == pytest.approx(used, rel=0.2)
+        assert done.returncode == 0, done.stderr
+        found[what] = float(done.stdout.split()[-1])
+    print(" ".join(words), found)
+    assert found["said"] == pytest.approx(found["used"], rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +198,9 @@ def test_recomputing_activations_saves_memory_and_more_images_need_more():
     a = architecture_of("vit_base")
     plain = load_config("vitb16_stage1")
     saving = load_config("vitb16_stage1", ["engine.activation_checkpointing=true"])
-    one, two = (dry_run.memory_gb(plain, a, n, is_bf16=True) for n in (16, 32))
+    one, two = (memory.memory_gb(plain, a, n, is_bf16=True) for n in (16, 32))
     assert two["activations"] == pytest.approx(2 * one["activations"])
     assert two["logits"] == pytest.approx(2 * one["logits"])
-    of_saving = dry_run.memory_gb(saving, a, 16, is_bf16=True)
+    of_saving = memory.memory_gb(saving, a, 16, is_bf16=True)
     assert of_saving["activations"] < 0.3 * one["activations"]
     assert one["networks"] == two["networks"] == of_saving["networks"]

@@ -38,6 +38,33 @@ def test_the_order_is_the_same_for_any_number_of_workers_and_any_start(small_sta
     assert all(equal(a[0], b[0]) for a, b in zip(later, wanted[2:], strict=True))
 
 
+LARGE = [  # crops whose sums and powers torch divides among threads, all of them changed
+    "crops.resolutions.0.global_size=304",
+    "crops.resolutions.0.local_size=272",
+    "losses.koleo_group=2",
+    "optim.batch_size=2",
+    *(f"augment.{n}_probability=1" for n in ("window", "gamma", "noise", "low_resolution")),
+    "augment.contrast_probability=0.3",  # of single crops
+    "augment.blur_probability=[1,1,1]",
+]
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_and_threads_gives_the_same_bits_wherever_views_are_made(small_stage):
+    before = torch.get_num_threads()
+    wanted = steps(small_stage(*LARGE), count=4)  # in one thread
+    try:
+        torch.set_num_threads(3)
+        for workers in (0, 1, 2):
+            for views_on in ("workers", "device"):
+                changes = {"data.workers": workers, "data.views_on": views_on}
+                found = steps(small_stage(*LARGE), count=4, **changes)
+                assert torch.get_num_threads() == 3
+                assert all(equal(a[0], b[0]) for a, b in zip(found, wanted, strict=True)), changes
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_ranks_see_together_what_one_sees(small_stage):
     whole = steps(small_stage())
     halves = [steps(small_stage(), rank=rank, world_size=2) for rank in (0, 1)]

@@ -18,6 +18,18 @@ from nnunetv2_meddinov3.store.records import kind_of
             "leakage guard 0123456789abcdef: compared with 12 excluded slices",
             "leakage guard: compared with N excluded slices",
         ),
+        (
+            "2 images left out, it has colour (3 samples per pixel): a 1.dcm, I0002 and 3 more",
+            "N images left out, it has colour (N samples per pixel)",
+        ),
+        (
+            "1 image left out, its pixels cannot be decoded: scan:2.dcm",
+            "N images left out, its pixels cannot be decoded",
+        ),
+        (
+            "it is named as the labels of ct_7.nii.gz beside it",
+            "it is named as the labels of ... beside it",
+        ),
         ("it is 4D (2x3x4x5 voxels), not one volume", "it is 4D (N voxels), not one volume"),
         ("slices 3, 7, 9 are missing", "slices N are missing"),
         ("the header says 'MR head' and \"x\"", "the header says ... and ..."),

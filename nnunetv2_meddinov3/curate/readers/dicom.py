@@ -168,15 +168,15 @@ def read_series(paths: Sequence[Path], frames: Sequence[Sequence[int]] = ()) -> 
     left_out, notes = _LeftOut(), list[str]()
     headers = _slices(sorted(zip(paths, frames or [()] * len(paths), strict=True)), left_out)
     check_one_pass(headers)
-    headers = _in_order(headers, notes)
-    shape = (len(headers), headers[0].rows, headers[0].columns)
+    places = _in_order(headers)
+    shape = (len(places), headers[0].rows, headers[0].columns)
     check_memory(np.prod(shape, dtype=float) * 8)  # float32, and the same again as axial slices
     decoded: list[SliceHeader] = []
-    array = compact(_pixels(headers, decoded, left_out), shape)[: len(decoded)]
+    array = compact(_pixels(places, decoded, left_out, notes), shape)[: len(decoded)]
     if not decoded:
         raise Unreadable(left_out.why())
 
-    normal = normal_of(headers[0])
+    normal = normal_of(decoded[0])
     positions = np.array([float(normal @ position_of(header)) for header in decoded])
     steps = np.diff(positions)
     usual = float(np.median(steps)) if len(steps) else _single_thickness(decoded[0], notes)
@@ -230,25 +230,20 @@ def _slices(files: Sequence[tuple[Path, Sequence[int]]], left_out: _LeftOut) -> 
     return kept
 
 
-def _in_order(headers: list[SliceHeader], notes: list[str]) -> list[SliceHeader]:
-    """Return slices by their positions along the normal, one at each position."""
+def _in_order(headers: list[SliceHeader]) -> list[list[SliceHeader]]:
+    """Return slices by their positions along the normal: at each the first, then its duplicates."""
     normal = normal_of(headers[0])
     placed = sorted(
         (float(normal @ position_of(header)), instance_of(header), header.path.name, i)
         for i, header in enumerate(headers)
     )
-    chosen: list[tuple[float, float, str, int]] = []
+    places: list[list[tuple[float, float, str, int]]] = []
     for entry in placed:
-        if chosen and entry[0] - chosen[-1][0] < SAME_PLACE_MM:
-            chosen[-1] = min(chosen[-1], entry, key=lambda e: e[1:])
+        if places and entry[0] - min(places[-1], key=lambda e: e[1:])[0] < SAME_PLACE_MM:
+            places[-1].append(entry)
         else:
-            chosen.append(entry)
-    if len(chosen) < len(placed):
-        notes.append(
-            f"{counted(len(placed) - len(chosen), 'duplicate slice')} left out (same position; the "
-            "first by instance number kept)"
-        )
-    return [headers[entry[3]] for entry in chosen]
+            places.append([entry])
+    return [[headers[e[3]] for e in sorted(place, key=lambda e: e[1:])] for place in places]
 
 
 def _single_thickness(header: SliceHeader, notes: list[str]) -> float:
@@ -299,15 +294,28 @@ def _grid(headers: list[SliceHeader], positions: np.ndarray, usual: float) -> Gr
 
 
 def _pixels(
-    headers: list[SliceHeader], decoded: list[SliceHeader], left_out: _LeftOut
+    places: list[list[SliceHeader]],
+    decoded: list[SliceHeader],
+    left_out: _LeftOut,
+    notes: list[str],
 ) -> Iterator[np.ndarray]:
-    """Yield the slices that can be decoded, and collect their headers in ``decoded``."""
+    """Yield at each place the first slice that can be decoded, its header goes to ``decoded``."""
+    duplicates = 0
     with PixelReader() as reader:
-        for header in headers:
-            try:
-                pixels = reader.read(header)
-            except Unreadable as error:
-                left_out.add(header.name, str(error))
-                continue
-            decoded.append(header)
-            yield pixels
+        for headers in places:
+            for number, header in enumerate(headers, start=1):
+                try:
+                    pixels = reader.read(header)
+                except (Unreadable, OSError) as error:
+                    reason = "its pixels cannot be read" if isinstance(error, OSError) else error
+                    left_out.add(header.name, str(reason))
+                    continue
+                duplicates += len(headers) - number
+                decoded.append(header)
+                yield pixels
+                break
+    if duplicates:
+        notes.append(
+            f"{counted(duplicates, 'duplicate slice')} left out (same position; the first by "
+            "instance number kept)"
+        )

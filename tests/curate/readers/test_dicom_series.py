@@ -1,6 +1,7 @@
 """Which files of one SeriesInstanceUID are one volume, and what one bad file costs."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -228,21 +229,31 @@ def test_one_bad_member_costs_itself_and_is_named(write_pass, tags, reason):
     assert reason in note
 
 
-@pytest.mark.parametrize("z", [0, 3, 7])
-def test_a_broken_code_stream_costs_its_slice(tmp_path, write_pass, z):
-    folder = write_pass("in", 2.5 * np.arange(8))
-    path = folder / f"s{z:03}.dcm"
+def compress(path, compressor="JPEG2000"):
+    """Write a file anew as a code stream."""
     image = sitk.ReadImage(str(path))
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    writer.SetCompressor("JPEG2000")
+    writer.SetCompressor(compressor)
     writer.UseCompressionOn()
     writer.SetFileName(str(path))
     writer.Execute(image)
+
+
+def damage(path):
+    """Make the pixels of a file undecodable, not its header."""
+    compress(path)
     data = bytearray(path.read_bytes())
     at = data.index(b"\xff\x4f\xff\x51")  # start and size of the code stream
     data[at : at + 60] = bytes(60)
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("z", [0, 3, 7])
+def test_a_broken_code_stream_costs_its_slice(write_pass, z):
+    folder = write_pass("in", 2.5 * np.arange(8))
+    path = folder / f"s{z:03}.dcm"
+    damage(path)
     found, refused = find_sources([folder])
     image = read(found[0])
     assert len(image.array) == 7
@@ -250,6 +261,64 @@ def test_a_broken_code_stream_costs_its_slice(tmp_path, write_pass, z):
     left = " ".join([*image.notes, *(key for key, _ in refused)])
     assert path.name in left
     assert ("1 slice missing" in left) == (0 < z < 7)
+
+
+@pytest.mark.parametrize("z", [0, 4, 7])
+@pytest.mark.parametrize("compressor", [None, "RLE", "JPEG"])
+def test_a_slice_whose_first_copy_cannot_be_decoded_enters_from_another(write_pass, z, compressor):
+    folder = write_pass("in", 2.5 * np.arange(8))
+    path, copy = folder / f"s{z:03}.dcm", folder / f"t{z:03}.dcm"
+    whole = read(find_sources([folder])[0][0])
+    shutil.copy(path, copy)
+    if compressor:
+        compress(copy, compressor)
+    damage(path)
+    (source,), _ = find_sources([folder])
+    image = read(source)
+    np.testing.assert_array_equal(image.array, whole.array)
+    assert image.positions_mm.tolist() == whole.positions_mm.tolist()
+    assert [note for note in image.notes if note not in whole.notes] == [
+        f"1 image left out, its pixels cannot be decoded: {path.name}"
+    ]
+
+
+def test_of_three_images_at_one_place_the_first_that_can_be_decoded_enters(write_pass):
+    folder = write_pass("in", 2.5 * np.arange(8), start=10)
+    for of, number in ((1, 3), (2, 4), (3, 900)):
+        write_pass("in", [7.5], of=of, name=f"d{of}", start=number)
+    for name in ("d1000", "s003"):
+        damage(folder / f"{name}.dcm")
+    ((source,), _) = find_sources([folder])
+    image = read(source)
+    assert image.array[:, 0, 0].tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
+    notes = " ".join(image.notes)
+    assert "2 duplicate slices left out" in notes
+    assert "its pixels cannot be decoded: d1000.dcm" in notes
+    assert "s003.dcm" not in notes  # it was not needed
+
+
+def test_a_slice_that_is_broken_in_all_its_copies_is_left_out_and_all_are_named(write_pass):
+    folder = write_pass("in", 2.5 * np.arange(8))
+    path, copy = folder / "s002.dcm", folder / "t002.dcm"
+    damage(path)
+    shutil.copy(path, copy)
+    ((source,), _) = find_sources([folder])
+    image = read(source)
+    assert 5.0 not in image.positions_mm
+    assert "2 images left out, its pixels cannot be decoded: s002.dcm, t002.dcm" in image.notes
+
+
+def test_a_copy_of_the_series_in_another_folder_has_the_slice_that_one_lost(write_pass):
+    write_pass("in/a", 2.5 * np.arange(8))
+    folder = write_pass("in/b", 2.5 * np.arange(8)).parent
+    for path in (folder / "a").iterdir():  # with the same bytes
+        shutil.copy(path, folder / "b" / path.name)
+    damage(folder / "a" / "s005.dcm")
+    places = [read(source).positions_mm.tolist() for source in find_sources([folder])[0]]
+    assert 12.5 in {place for each in places for place in each}
+    damage(folder / "b" / "s002.dcm")
+    places = [read(source).positions_mm.tolist() for source in find_sources([folder])[0]]
+    assert {place for each in places for place in each} == set(2.5 * np.arange(8))
 
 
 def test_a_series_of_bad_members_only_is_refused_with_their_reason(write_pass):
