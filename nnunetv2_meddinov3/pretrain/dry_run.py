@@ -21,6 +21,7 @@ from nnunetv2_meddinov3.pretrain.config import (
     effective_lr_factor,
 )
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
+from nnunetv2_meddinov3.pretrain.loader import said_of_slices
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.signals import Stop
 
@@ -236,6 +237,7 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
             whole = seconds * config.optim.batch_size / images
             time_of_all = in_words(whole * config.optim.steps)
             if runtime.is_main:
+                stream.write("".join(f"{line}\n" for line in said_of_slices(config)))
                 stream.write(
                     f"{describe(config, architecture, runtime, process)}\n"
                     f"  one step               {seconds:.2f} s for {images} images on "
