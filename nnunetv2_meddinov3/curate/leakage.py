@@ -366,6 +366,8 @@ def _slices_of_volumes(path: Path) -> tuple[list[_Excluded], int]:
     for source in sources:
         try:
             volume = identify(reorient(read(source)), source)
+            if volume.array.min() == volume.array.max():
+                continue  # constant slices are alike in many volumes
             stack, other = stack_slices(volume), in_another_way(volume)
         except Unreadable as error:
             raise _hole(path, source.key, str(error)) from error

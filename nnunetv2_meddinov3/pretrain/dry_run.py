@@ -20,6 +20,7 @@ from nnunetv2_meddinov3.pretrain.config import (
     effective_lr_factor,
 )
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
+from nnunetv2_meddinov3.pretrain.loader import open_store, said_of_slices
 from nnunetv2_meddinov3.pretrain.memory import (
     SHOWN_BY_IBOT,
     Measured,
@@ -202,6 +203,8 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
             whole *= _share_of_largest(config, step.architecture)
             time_of_all = in_words(whole * config.optim.steps)
             if runtime.is_main:
+                said = said_of_slices(config, *open_store(config))
+                stream.write("".join(f"{line}\n" for line in said))
                 stream.write(
                     f"{describe(config, step.architecture, runtime, step.measured)}\n"
                     f"  one step               {step.seconds:.2f} s for {step.images} images on "

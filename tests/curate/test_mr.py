@@ -238,6 +238,12 @@ def test_a_test_volume_with_other_numbers_only_looks_alike(theirs, tmp_path, wri
     assert all("near_excluded" in each for each in flags)
 
 
+def test_a_constant_volume_among_the_tests_stops_nothing(tmp_path, write_image):
+    write_image(tmp_path / "tests/empty.nii.gz", np.full((4, 48, 48), -7, np.int16))
+    write_image(tmp_path / "tests/t.nii.gz", uint8(make_mr()))
+    assert len(build_guard([tmp_path / "tests"]).origins) == 10  # five slices in two ways
+
+
 def test_the_hashes_of_a_store_of_before_still_find_whole_number_mr(tmp_path, write_image):
     """Such a store holds the numbers as they were, here written as a list."""
     from nnunetv2_meddinov3.store.fingerprints import slice_sha256
