@@ -108,6 +108,41 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(size):
     assert counted == pytest.approx(sum(kept.values()), rel=0.25)
 
 
+def test_memory_that_was_measured_is_said_as_it_is_and_grows_along_a_line():
+    config, a = load_config("tiny_stage1"), architecture_of("vit_tiny")
+    measured = memory.Measured({2: 1.25, 8: 1.5})
+    said = {n: sum(measured.memory_gb(config, a, n, False, n).values()) for n in (2, 8, 32)}
+    assert said == pytest.approx({2: 1.25, 8: 1.5, 32: 2.5})
+    one = memory.Measured({2: 1.25}).memory_gb(config, a, 4, False, 4)
+    counted = [memory.memory_gb(config, a, n, is_bf16=False) for n in (2, 4)]
+    grown = sum(counted[1].values()) - sum(counted[0].values())
+    assert sum(one.values()) == pytest.approx(1.25 + 1.45 * grown)
+
+
+def test_images_of_other_micro_batches_take_their_views_and_targets():
+    a = architecture_of("vit_tiny")
+    heads = "heads={dino: {prototypes: 4000}, ibot: {prototypes: 500}}"
+    config = load_config("tiny_stage1", [heads])
+    few, many = (memory.memory_gb(config, a, 8, False, n) for n in (8, 12))
+    assert {name for name in few if few[name] != many[name]} == {"targets"}
+    # views of 96 and 48 pixels, prototypes of 2 crops and of 0.3 of 36 patches, 37 features each
+    numbers = 2 * 96**2 + 4 * 48**2 + 2 * 4000 + 0.3 * 36 * 500 + 2 * 37 * a.embed_dim
+    assert many["targets"] - few["targets"] == pytest.approx(4 * 4 * numbers / 1e9)
+
+
+def test_a_step_is_timed_at_the_largest_crops_and_said_for_all():
+    config = load_config("vitb16_stage3_highres")
+    a = architecture_of("vit_base")
+    largest = memory.widest(config, a)
+    assert (largest.global_size, largest.local_size) == (768, 336)
+    share = dry_run._share_of_largest(config, a)
+    flops = [dry_run.step_flops(config, a, each).total for each in config.crops.resolutions]
+    assert flops[-1] == max(flops)
+    mean = sum(f * p for f, p in zip(flops, (0.3, 0.3, 0.3, 0.05, 0.05), strict=True))
+    assert share == pytest.approx(mean / max(flops))
+    assert dry_run._share_of_largest(load_config("tiny_stage1"), architecture_of("vit_tiny")) == 1
+
+
 _USE = """
 import io, re, resource, sys, tempfile
 from pathlib import Path
