@@ -56,6 +56,11 @@ _OF_NUMPY = re.compile(
     r"|bit_generator\.(?:__pyx_unpickle_)?SeedSequence))"
 )
 _OF_TORCH = re.compile(r"torch\.(?:storage\.)?(?:\w+Storage|b?float\w*|u?int\w+|bool|double|half)")
+# what tensors, arrays and plain values are made of, which says little of a file
+_OF_VALUES = (
+    *("torch.", "builtins.", "_codecs.", "copyreg.", "collections.OrderedDict"),
+    *("numpy._core", "numpy.core", "numpy.dtype", "numpy.ndarray"),
+)
 _KEEP = (
     "keep = lambda d: {k: keep(v) for k, v in d.items() if isinstance(v, (dict, torch.Tensor, "
     "numpy.ndarray))} if isinstance(d, dict) else torch.as_tensor(d)"
@@ -178,8 +183,7 @@ def unsafe(path: Path, where: str, reason: str) -> str:
     of_torch = zipfile.is_zipfile(path) or _is_legacy(path)
     load = 'torch.load({0}, map_location="cpu", weights_only=False)'
     read = load if of_torch else 'pickle.load(open({0}, "rb"))'
-    plain = ("torch.", "builtins.", "_codecs.", "copyreg.", "collections.OrderedDict")
-    shown = sorted(name for name in names if not name.startswith(plain)) or sorted(names)
+    shown = sorted(name for name in names if not name.startswith(_OF_VALUES)) or sorted(names)
     return (
         f"{where} must hold tensors only, but it also holds objects of {', '.join(shown[:3])}, "
         "which would run Python code when opened, and was not opened: if you trust it, write its "

@@ -18,6 +18,7 @@ from nnunetv2_meddinov3.pretrain.config import (
     differences,
     from_yaml,
     load_config,
+    schedules_in,
 )
 from nnunetv2_meddinov3.pretrain.run_folder import (
     CHECKPOINTS,
@@ -95,7 +96,10 @@ def stages_of(
 
 
 def settled(stages: tuple[StageConfig, ...], out: Path | None) -> tuple[StageConfig, ...]:
-    """Decide ``data.near_excluded`` where no config says it: a stage begun before keeps its slices.
+    """Decide what no config says: a stage that was begun keeps its slices and its warm-up.
+
+    That is ``data.near_excluded``, and the warm-ups of configs that were saved before these were a
+    share of the stage.
 
     Args:
         stages: In their order.
@@ -108,14 +112,54 @@ def settled(stages: tuple[StageConfig, ...], out: Path | None) -> tuple[StageCon
 
 
 def _settled(config: StageConfig, out: Path | None) -> StageConfig:
-    if config.data.near_excluded is not None:
-        return config
-    begun = None if out is None else stage_folder(out, config.stage) / CONFIG
-    before = None
-    if begun is not None and begun.is_file():
-        before = from_yaml(begun.read_text(encoding="utf-8")).data.near_excluded
-    data = config.data.model_copy(update={"near_excluded": bool(before)})
-    return config.model_copy(update={"data": data})
+    before = None if out is None else _begun(out, config.stage)
+    values = config.model_dump()
+    if config.data.near_excluded is None:
+        values["data"]["near_excluded"] = bool(before and before.data.near_excluded)
+    if before is not None:
+        theirs, ours = schedules_in(before), schedules_in(config)
+        for key in theirs.keys() & ours.keys():
+            if ours[key].warmup_share is not None and theirs[key].warmup_share is None:
+                section, _, name = key.partition(".")
+                values[section][name] |= {
+                    "warmup_share": None,
+                    "warmup_steps": theirs[key].warmup_steps,
+                }
+    return StageConfig.model_validate(values)
+
+
+def _begun(out: Path, stage: int) -> StageConfig | None:
+    """Return the config that a stage was begun with, None if it was not."""
+    path = stage_folder(out, stage) / CONFIG
+    return from_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def gram_teachers_in_warm_up(stages: tuple[StageConfig, ...], out: Path | None) -> list[str]:
+    """Say of every Gram teacher ``previous@STEP`` that it is taken inside a warm-up.
+
+    Args:
+        stages: In their order.
+        out: Folder of the run, None for a dry run.
+    """
+    running: dict[int, StageConfig] = {config.stage: config for config in stages}
+    said = []
+    for config in stages:
+        gram, before = config.losses.gram, config.stage - 1
+        source = running.get(before) or (None if out is None else _begun(out, before))
+        if source is None or not gram.weight or not gram.teacher.startswith("previous@"):
+            continue
+        step = int(gram.teacher.partition("@")[2])
+        schedules = schedules_in(source)
+        for key in ("optim.lr", "losses.teacher_temp"):
+            schedule = schedules[key]
+            if step < schedule.warmup_steps and schedule.start != schedule.peak:
+                said.append(
+                    f"the Gram teacher of stage {config.stage} is taken at step {step} of stage "
+                    f"{before}, inside the warm-up of {key} ({schedule.warmup_steps} steps): set "
+                    f"stage{before}.{key}.warmup_share=0.1 or take a later step "
+                    f"(stage{before}.engine.export_at and stage{config.stage}.losses.gram.teacher)."
+                )
+    return said
 
 
 def check(stages: tuple[StageConfig, ...], out: Path | None) -> None:
