@@ -45,7 +45,8 @@ class Contents:
         config: A DINOv3 ViT's config.json of Hugging Face transformers beside the file.
         run: What a checkpoint of nnU-Net says of its training: ``trainer`` and, where a trainer of
             ours wrote it, ``architecture`` of the backbone and ``network``, the segmenter's own
-            arguments.
+            arguments; of the second stage of a cascade also ``image_channels``, the number of its
+            input channels that are images.
     """
 
     tensors: dict[str, Tensor]
@@ -223,7 +224,20 @@ def _read_run(content: Any) -> dict[str, Any]:
         configurations = arguments["plans"]["configurations"]
         network = configurations[arguments["configuration"]]["architecture"]["arch_kwargs"]
         run |= {"architecture": dict(network["backbone"]), "network": network}
+        if _is_cascaded(configurations, arguments["configuration"]):
+            facts = arguments["dataset_json"]
+            run["image_channels"] = len(facts.get("channel_names") or facts["modality"])
     return run
+
+
+def _is_cascaded(configurations: dict[str, Any], name: str) -> bool:
+    """Return whether a configuration of nnU-Net's plans gets the labels of an earlier stage too."""
+    for _ in configurations:  # each may inherit from another
+        configuration = configurations[name]
+        if "previous_stage" in configuration or "inherits_from" not in configuration:
+            return configuration.get("previous_stage") is not None
+        name = configuration["inherits_from"]
+    return False
 
 
 def _refusal(path: Path, where: str, error: Exception) -> str:
