@@ -131,6 +131,7 @@ def _run(verb: Verb, arguments: list[str]) -> int:
         from nnunetv2_meddinov3 import readiness
 
         readiness.check_command(verb.stands_for, arguments)
+        discovery.check_command(verb.stands_for, arguments)
     module_name, function_name = verb.target.split(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)

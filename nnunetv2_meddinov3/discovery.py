@@ -38,7 +38,14 @@ TRAINERS = dict.fromkeys(
 PLANNERS = {"MedDINOv3Planner": "nnunetv2_meddinov3.planning"}
 """Name of each planner -> module that defines it."""
 
-_BEGINNINGS = ("meddino", "dinov3trainer")  # of our names, in lower case
+# Modules of nnU-Net's commands: imported by a command, they tell that it starts.
+_COMMANDS = (
+    "nnunetv2.run.run_training",
+    "nnunetv2.inference.predict_from_raw_data",
+    "nnunetv2.evaluation.find_best_configuration",
+    "nnunetv2.model_sharing.entry_points",
+    "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
+)
 
 _HOSTS = {_TRAINER_HOST: TRAINERS, _PLANNER_HOST: PLANNERS}
 
@@ -86,6 +93,10 @@ def resolve(name: str) -> type:
         raise AttributeError(f"nnunetv2_meddinov3 has no trainer or planner named {name!r}")
     import importlib
 
+    if own := _own_command():  # a model folder of any name: only its checkpoint names the trainer
+        from nnunetv2_meddinov3.readiness import check_command as check_readiness
+
+        check_readiness(*own)
     try:  # the trainers import timm, so that a broken one is named before nnU-Net starts work
         return getattr(importlib.import_module(module_name), name)
     except Exception as error:
@@ -169,17 +180,62 @@ def _attach(module):
 
 
 def _refuse_misspelt(name, names, module):
-    """Raise UserError for a name that begins like ours and is nobody's."""
-    if name.lower().startswith(_BEGINNINGS):
-        from nnunetv2_meddinov3.spelling import refuse_misspelt
+    """Raise UserError for a name that looks like ours and is nobody's."""
+    if name.startswith("_"):
+        return  # Python itself asks for many of these
+    from nnunetv2_meddinov3.spelling import is_like, refuse_misspelt
 
+    if is_like(name, names):
         refuse_misspelt(name, list(names), getattr(module, "__file__", None))
+
+
+def check_command(command, arguments):
+    """Refuse a command of nnU-Net with our names in it that could not end well.
+
+    Args:
+        command: Its name, such as ``nnUNetv2_train``.
+        arguments: What follows it.
+
+    Raises:
+        UserError: With what to do.
+    """
+    from nnunetv2_meddinov3.stock_commands import check
+
+    check(command, arguments, TRAINERS, PLANNERS)
+
+
+def own_options():
+    """Return what nnU-Net's command of this process was asked: option -> value; else nothing."""
+    own = _own_command()
+    if own is None:
+        return {}
+    from nnunetv2_meddinov3.stock_options import read_options
+
+    options = read_options(*own)
+    return {} if options is None else vars(options)
+
+
+def _own_command():
+    """Return this process's command and its arguments if it is one of nnU-Net's, else None.
+
+    A worker that nnU-Net spawned imports the main script again; it has none.
+    """
+    if not getattr(sys, "argv", None):
+        return None
+    command = sys.argv[0].replace(os.sep, "/").rpartition("/")[2]
+    command = command.removesuffix(".exe").removesuffix("-script.pyw")
+    spawning = sys.modules.get("multiprocessing.process")
+    if not command.startswith("nnUNetv2_") or (spawning and spawning.parent_process()):
+        return None
+    return command, sys.argv[1:]
 
 
 class _HostFinder:
     """Let the other finders find nnU-Net's two modules, and attach to them after they ran."""
 
     def find_spec(self, fullname, path=None, target=None):
+        if fullname in _COMMANDS and (own := _own_command()):
+            check_command(*own)
         if fullname not in _HOSTS:
             return None
         for finder in sys.meta_path:

@@ -7,6 +7,7 @@ neither a variable nor a weights file.
 
 import inspect
 import os
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from nnunetv2_meddinov3 import discovery
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import (
     SIZE_FIELDS,
@@ -176,15 +178,42 @@ def pretrained_file() -> str | None:
     """Return the file of ``-pretrained_weights`` while nnU-Net initialises a trainer for it.
 
     nnU-Net initialises first and loads the file over the network afterwards, and tells the trainer
-    nothing of it; so it is read off the function that does both. Anywhere else this is None, and
-    the trainer starts from its own weights, as without the option.
+    nothing of it. So it is the fourth argument of the function of nnU-Net that does both, found on
+    the stack by its code: there it is also for ``run_training`` called from Python and for the
+    processes of several GPUs. Should a later nnU-Net have no such function, it is what the command
+    line of this process says. Anywhere else this is None, and the trainer starts from its own
+    weights, as without the option.
     """
+    module = sys.modules.get("nnunetv2.run.run_training")
+    loading = getattr(module, "maybe_load_checkpoint", None)
+    if module is not None and loading is None:
+        return discovery.own_options().get("pretrained_weights")
+    code = getattr(loading, "__code__", None)
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "maybe_load_checkpoint":
-            return frame.f_locals.get("pretrained_weights_file")
+        if frame.f_code is code:
+            return frame.f_locals[code.co_varnames[3]]
         frame = frame.f_back
     return None
+
+
+def check_checkpoint(filename_or_checkpoint: str | dict[str, Any]) -> None:
+    """Refuse a checkpoint file that does not exist.
+
+    Args:
+        filename_or_checkpoint: As nnU-Net passes it.
+
+    Raises:
+        UserError: With the checkpoints that are there.
+    """
+    if isinstance(filename_or_checkpoint, str | os.PathLike):
+        path = Path(filename_or_checkpoint)
+        if not path.is_file():
+            there = ", ".join(sorted(p.name for p in path.parent.glob("checkpoint_*.pth")))
+            raise UserError(
+                f"the checkpoint must exist, but there is no {path} (there: {there or 'none'}): "
+                "train with checkpoints, without --disable_checkpointing, or leave --val_best out."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,31 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+
+_BEGINNINGS = ("meddino", "dinov3trainer")  # of our names, in lower case
+
+
+def is_like(name: str, names: Iterable[str]) -> bool:
+    """Return whether a name that is not ours looks like one of ours with a typing mistake.
+
+    Somebody's own ``MyMedDINOv3Trainer`` does not.
+
+    Args:
+        name: What was asked for.
+        names: Ours.
+    """
+    lower = name.lower()
+    if lower.startswith(_BEGINNINGS):
+        return True
+    known = [each.lower() for each in names]
+    if not any(word in lower for word in ("v3trainer", "v3planner")):
+        return False
+    near = difflib.get_close_matches(lower, known, 1, 0.85)
+    return bool(near) and near[0] not in lower
 
 
 def refuse_misspelt(name: str, names: Sequence[str], host: str | None) -> None:

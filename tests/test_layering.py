@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "demo": SHARED | {"evaluation", "planning"},
-    "discovery": SHARED | {"spelling"},
+    "discovery": SHARED | {"readiness", "spelling", "stock_commands", "stock_options"},
+    "stock_commands": SHARED | {"readiness", "spelling", "stock_options"},
+    "stock_options": SHARED,
     "spelling": SHARED,
     "ext": {"discovery"},
     "doctor": SHARED | {"cli", "discovery", "models"},
@@ -48,6 +50,10 @@ MUST_NOT_IMPORT = {
 }
 # Imports that a table or a variable names, each with the reason why a plain import will not do.
 BY_NAME = {
+    "fine_tuning.py": (
+        {"nnunetv2.run"},
+        "looked up among the loaded modules: whether a command of nnU-Net runs",
+    ),
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
         | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli")}
@@ -56,8 +62,9 @@ BY_NAME = {
     ),
     "discovery.py": (
         {f"{OURS}.trainers", f"{OURS}.planning", "import_module(module_name)"}
-        | {"nnunetv2.training", "nnunetv2.experiment_planning"},
-        "a table of our names, and of the modules of nnU-Net that answer to them",
+        | {"nnunetv2.training", "nnunetv2.experiment_planning", "nnunetv2.run"}
+        | {"nnunetv2.inference", "nnunetv2.evaluation", "nnunetv2.model_sharing"},
+        "a table of our names, and of the modules of nnU-Net that answer to them or are commands",
     ),
 }
 _DOTTED = re.compile(rf"(?:{OURS}|nnunetv2)(?:\.\w+)+(?::\w+)?")

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pickle
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.files import existing
+from nnunetv2_meddinov3.models import pickles
 
 METADATA_KEY = "meddinov3"
 
@@ -45,7 +45,8 @@ class Contents:
         config: A DINOv3 ViT's config.json of Hugging Face transformers beside the file.
         run: What a checkpoint of nnU-Net says of its training: ``trainer`` and, where a trainer of
             ours wrote it, ``architecture`` of the backbone and ``network``, the segmenter's own
-            arguments.
+            arguments; of the second stage of a cascade also ``image_channels``, the number of its
+            input channels that are images.
     """
 
     tensors: dict[str, Tensor]
@@ -196,31 +197,6 @@ _OF_NUMPY: list[Any] = [
         *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _NUMPY),
     )
 ]
-# modules whose classes accompany weights and describe a run, and what these are made of
-_HARMLESS = {
-    "addict",
-    "argparse",
-    "collections",
-    "datetime",
-    "decimal",
-    "easydict",
-    "enum",
-    "fractions",
-    "fvcore",
-    "ml_collections",
-    "mmcv",
-    "mmengine",
-    "omegaconf",
-    "pathlib",
-    "typing",
-    "uuid",
-    "yacs",
-    *(
-        f"builtins.{name}"
-        for name in ("bool", "dict", "float", "frozenset", "int", "list", "object")
-    ),
-    *(f"builtins.{name}" for name in ("bytes", "range", "slice", "str", "tuple")),
-}
 
 
 def _read_pickle(path: Path, where: str) -> Contents:
@@ -231,13 +207,8 @@ def _read_pickle(path: Path, where: str) -> Contents:
             content = torch.load(file, map_location="cpu", weights_only=True)
         run = _read_run(content)
         _flatten(content["network_weights"] if run else content, "", tensors)
-    except pickle.UnpicklingError as error:
-        is_pickle = _head(path, where)[:1] == b"\x80"  # and not any bytes with an unknown operand
-        if "GLOBAL" in str(error) or (is_pickle and "Unsupported" in str(error)):
-            raise UserError(_unsafe(path, where, str(error))) from error
-        raise UserError(_damaged(where, error)) from error
     except Exception as error:  # torch names no common class for what a damaged file can raise
-        raise UserError(_damaged(where, error)) from error
+        raise UserError(_refusal(path, where, error)) from error
     if not tensors:
         raise UserError(f"{where} must hold tensors, but it holds none.")
     return Contents(tensors, run=run)
@@ -253,36 +224,39 @@ def _read_run(content: Any) -> dict[str, Any]:
         configurations = arguments["plans"]["configurations"]
         network = configurations[arguments["configuration"]]["architecture"]["arch_kwargs"]
         run |= {"architecture": dict(network["backbone"]), "network": network}
+        if _is_cascaded(configurations, arguments["configuration"]):
+            facts = arguments["dataset_json"]
+            run["image_channels"] = len(facts.get("channel_names") or facts["modality"])
     return run
 
 
-def _unsafe(path: Path, where: str, reason: str) -> str:
-    """Say that a file would run code, and how to save its tensors if it would run none but ours."""
-    names: list[str] = []
-    with contextlib.suppress(Exception), torch.serialization.safe_globals(_OF_NUMPY):
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    if not names or any(not _HARMLESS & {name, name.split(".")[0]} for name in names):
-        named = ", ".join(names[:3]) or reason.partition("GLOBAL ")[2].split(" ")[0]
-        return (
-            f"{where} must hold tensors only, but it would run Python code when opened"
-            f"{f' ({named})' if named else ''} and was not: get the file as safetensors or as a "
-            "plain state dict."
-        )
-    code = (
-        "import torch; keep = lambda d: {k: keep(v) for k, v in d.items() if isinstance(v, (dict, "
-        "torch.Tensor))} if isinstance(d, dict) else d; torch.save(keep(torch.load("
-        f'{json.dumps(str(path))}, map_location="cpu", weights_only=False)), '
-        f"{json.dumps(str(path.with_suffix('.tensors.pth')))})"
-    )
-    return (
-        f"{where} must hold tensors only, but it also holds objects of {', '.join(names[:3])}, "
-        "which would run Python code when opened, and was not opened: if you trust it, write its "
-        f"tensors to a file of their own with `python -c {shlex.quote(code)}`."
-    )
+def _is_cascaded(configurations: dict[str, Any], name: str) -> bool:
+    """Return whether a configuration of nnU-Net's plans gets the labels of an earlier stage too."""
+    for _ in configurations:  # each may inherit from another
+        configuration = configurations[name]
+        if "previous_stage" in configuration or "inherits_from" not in configuration:
+            return configuration.get("previous_stage") is not None
+        name = configuration["inherits_from"]
+    return False
+
+
+def _refusal(path: Path, where: str, error: Exception) -> str:
+    """Return what to say of a file that torch did not open."""
+    with contextlib.suppress(Exception):  # what a damaged archive can raise
+        if said := pickles.other_kind(path, where):
+            return said
+    if isinstance(error, pickle.UnpicklingError):
+        is_pickle = _head(path, where)[:1] == b"\x80"  # and not any bytes with an unknown operand
+        names_one = "GLOBAL" in str(error) or (is_pickle and "Unsupported" in str(error))
+        if names_one or pickles.names_in(path):
+            return pickles.unsafe(path, where, str(error))
+    return _damaged(where, error)
 
 
 def _damaged(where: str, error: Exception) -> str:
     reason = first_line(error)
+    if "weights_only" in reason:  # torch's advice is to run whatever is in the file
+        reason = "its content is of no known kind"
     return f"{where} must be a whole safetensors or torch file, but it is damaged: {reason}."
 
 

@@ -7,7 +7,7 @@ architecture off them and hold them to it.
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ TRAINING_LICENCE = (
 )
 
 # what the architecture is read off
-_DIMENSIONS = {"cls_token": 3, "reg_token": 3, "rope.periods": 1, "patch_embed.proj.weight": 4}
+_STEM = "patch_embed.proj.weight"
+_DIMENSIONS = {"cls_token": 3, "reg_token": 3, "rope.periods": 1, _STEM: 4}
 
 
 @dataclass
@@ -132,7 +133,7 @@ def checkpoint_from(
     """Complete parsed tensors to a checkpoint: architecture, strict accounting, finite values."""
     metadata, config, run = metadata or {}, config or {}, run or {}
     architecture = infer_architecture(parsed, where, metadata or run, config, overrides)
-    tensors = _separate(parsed.tensors)
+    tensors, stem_width = _separate(parsed.tensors), architecture.input_channels
     with torch.device("meta"):
         empty = Backbone(architecture, mask_token="mask_token" in tensors)
     expected = {name: tuple(t.shape) for name, t in tensors_of(empty).items()}
@@ -147,6 +148,10 @@ def checkpoint_from(
                 f"weights must be finite numbers, but {name!r} in {where} holds NaN or infinity: "
                 "take an earlier checkpoint or fetch the file again."
             )
+    if (images := run.get("image_channels", stem_width)) < stem_width:
+        # the others read a cascade's one-hot labels, which mean nothing to another model
+        tensors[_STEM] = tensors[_STEM][:, :images].contiguous()
+        architecture = replace(architecture, input_channels=images)
     layout, licence = _describe(parsed, metadata, run)
     return Checkpoint(architecture, tensors, where, layout, parsed.dropped, metadata, licence)
 
@@ -212,7 +217,7 @@ def infer_architecture(
     """
     t = parsed.tensors
     fc1 = next((k for k in ("mlp.fc1", "mlp.fc1_g") if f"blocks.0.{k}.weight" in t), None)
-    needed = ["cls_token", "patch_embed.proj.weight"]
+    needed = ["cls_token", _STEM]
     if missing := [name for name in needed if name not in t] + ([] if fc1 else ["blocks.0.mlp"]):
         raise UserError(f"{where} must hold a whole ViT, but {listing(missing)} is missing.")
     _check_dimensions(t, {**_DIMENSIONS, f"blocks.0.{fc1}.weight": 2}, where)
@@ -220,7 +225,7 @@ def infer_architecture(
     heads = config.get("num_attention_heads", max(1, width // (128 if width == 4096 else 64)))
     if "rope.periods" in t:
         heads = width // (4 * max(1, len(t["rope.periods"])))
-    stem = t["patch_embed.proj.weight"].shape
+    stem = t[_STEM].shape
     fields: dict[str, Any] = {
         "embed_dim": width,
         "depth": len({k.split(".")[1] for k in t if k.startswith("blocks.")}),

@@ -41,6 +41,7 @@ from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
     Schedule,
     Section,
     StageConfig,
+    schedules_in,
 )
 
 _SHIPPED = Path(__file__).parent / "configs"
@@ -116,7 +117,10 @@ def differences(before: StageConfig, now: StageConfig) -> list[str]:
     return [
         f"{key} is {b.get(key)} instead of {a.get(key)}"
         for key in sorted(a | b)
-        if a.get(key) != b.get(key) and not _may_change(key) and not _left_open(key, b)
+        if a.get(key) != b.get(key)
+        and not _may_change(key)
+        and not _left_open(key, b)
+        and not key.endswith(".warmup_share")  # its steps are compared
     ]
 
 
@@ -242,7 +246,12 @@ def _completed(values: dict[str, Any], begun: bool = False) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    """Write values over others, section by section; lists are replaced as a whole."""
+    """Write values over others, section by section; lists are replaced as a whole.
+
+    A warm-up in steps takes the place of one that is a share.
+    """
+    if values.get("warmup_steps") is not None and "warmup_share" in into:
+        values = {"warmup_share": None, **values}
     for key, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     # `--help` waits for none of these imports, a mistake in the command not for torch.
     from nnunetv2_meddinov3.pretrain.stages import (
         check,
+        gram_teachers_in_warm_up,
         next_command,
         settled,
         stages_of,
@@ -63,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("pretraining needs a folder to write to: give --out DIR.")
     stages = settled(stages, None if arguments.dry_run else arguments.out)
     check(stages, None if arguments.dry_run else arguments.out)
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in gram_teachers_in_warm_up(stages, arguments.out):
+            print(sentence, file=sys.stderr)
     if arguments.dry_run:
         from nnunetv2_meddinov3.pretrain.dry_run import dry_run
 

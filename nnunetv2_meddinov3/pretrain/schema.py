@@ -83,12 +83,14 @@ class Schedule(Section):
 
     Linear from ``start`` to ``peak`` over ``warmup_steps`` (the first step has ``start``, ``peak``
     comes right after the last), cosine from ``peak`` to ``end`` over ``cosine_steps`` including
-    both ends, then ``end``.
+    both ends, then ``end``. A ``warmup_share`` of the stage decides ``warmup_steps``; a config or
+    change that gives steps alone has no share.
     """
 
     start: float
     peak: float
     end: float
+    warmup_share: Share | None = None  # of the stage's steps
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     cosine_steps: Annotated[int, Field(ge=0)] | None = None  # None: all that is left
 
@@ -175,7 +177,7 @@ class Losses(Section):
     koleo_group: Annotated[int, Field(ge=2)] = 16
     student_temp: Positive = 0.1
     teacher_temp: Schedule = Schedule(
-        start=0.04, peak=0.07, end=0.07, warmup_steps=30_000, cosine_steps=0
+        start=0.04, peak=0.07, end=0.07, warmup_share=0.1, cosine_steps=0
     )
     gram: Gram = Gram()
 
@@ -262,7 +264,7 @@ class Optim(Section):
     steps: Count = 100_000
     # images per step, all ranks and micro-batches together
     batch_size: Annotated[int, Field(ge=2)] = 512
-    lr: Schedule = Schedule(start=0, peak=2e-4, end=2e-4, warmup_steps=30_000, cosine_steps=0)
+    lr: Schedule = Schedule(start=0, peak=2e-4, end=2e-4, warmup_share=0.1, cosine_steps=0)
     weight_decay: Schedule = _constant(0.04)
     momentum: Schedule = _constant(0.994)  # of the EMA
     freeze_last_layer_steps: Annotated[int, Field(ge=0)] = 3000
@@ -344,10 +346,22 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _rules_between_sections(self) -> StageConfig:
+        for schedule in schedules_in(self).values():
+            if schedule.warmup_share is not None:
+                schedule.warmup_steps = math.floor(schedule.warmup_share * self.optim.steps + 0.5)
         for rules in (_sizes, _schedules):
             for key, value, wanted in rules(self):
                 raise UserError(f"{key} must be {wanted}, got {value}.")
         return self
+
+
+def schedules_in(c: StageConfig) -> dict[str, Schedule]:
+    """Return the schedules of a stage by their keys."""
+    optim, losses = c.optim, c.losses
+    found = {f"optim.{name}": getattr(optim, name) for name in ("lr", "weight_decay", "momentum")}
+    found |= {f"losses.{name}": getattr(losses, name) for name in ("teacher_temp", "local_weight")}
+    found["losses.gram.weight"] = losses.gram.weight
+    return {key: schedule for key, schedule in found.items() if schedule is not None}
 
 
 Broken = tuple[str, object, str]  # key, what came, what must hold
@@ -379,17 +393,13 @@ def _sizes(c: StageConfig) -> Iterator[Broken]:
 
 
 def _schedules(c: StageConfig) -> Iterator[Broken]:
-    rules: dict[str, tuple[Schedule | None, Callable[[float], bool], str]] = {
-        "optim.lr": (c.optim.lr, lambda v: v >= 0, "at least 0"),
-        "optim.weight_decay": (c.optim.weight_decay, lambda v: v >= 0, "at least 0"),
-        "optim.momentum": (c.optim.momentum, lambda v: 0 <= v <= 1, "between 0 and 1"),
-        "losses.teacher_temp": (c.losses.teacher_temp, lambda v: v > 0, "above 0"),
-        "losses.local_weight": (c.losses.local_weight, lambda v: v >= 0, "at least 0"),
-        "losses.gram.weight": (c.losses.gram.weight, lambda v: v >= 0, "at least 0"),
+    positive = (lambda v: v >= 0, "at least 0")
+    rules: dict[str, tuple[Callable[[float], bool], str]] = {
+        "optim.momentum": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+        "losses.teacher_temp": (lambda v: v > 0, "above 0"),
     }
-    for key, (schedule, holds, wanted) in rules.items():
-        if schedule is None:
-            continue
+    for key, schedule in schedules_in(c).items():
+        holds, wanted = rules.get(key, positive)
         for end in ("start", "peak", "end"):
             if not holds(value := getattr(schedule, end)):
                 yield f"{key}.{end}", value, wanted

@@ -28,7 +28,7 @@ def with_steps(config: StageConfig, steps: int, before: StageConfig | None) -> S
     old = config.optim.steps
     scheduled = [optim[name] for name in ("lr", "weight_decay", "momentum")]
     scheduled += [losses["teacher_temp"], losses["local_weight"], losses["gram"]["weight"]]
-    for schedule in filter(None, scheduled):
+    for schedule in filter(None, scheduled):  # a warm-up that is a share follows by itself
         for name in ("warmup_steps", "cosine_steps"):
             if schedule[name] is not None:
                 schedule[name] = schedule[name] * steps // old

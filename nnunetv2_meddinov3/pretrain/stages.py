@@ -18,6 +18,7 @@ from nnunetv2_meddinov3.pretrain.config import (
     differences,
     from_yaml,
     load_config,
+    schedules_in,
 )
 from nnunetv2_meddinov3.pretrain.run_folder import (
     CHECKPOINTS,
@@ -95,10 +96,11 @@ def stages_of(
 
 
 def settled(stages: tuple[StageConfig, ...], out: Path | None) -> tuple[StageConfig, ...]:
-    """Decide what no config says where a run was begun: it goes on with the same slices and values.
+    """Decide what no config says where a run was begun: it goes on as it began.
 
-    That are ``data.near_excluded``, ``data.modalities``, and whether values that are not HU are
-    normalised, which runs of before did not do.
+    That are ``data.near_excluded``, ``data.modalities``, whether values that are not HU are
+    normalised, which runs of before did not do, and the warm-ups of configs that were saved before
+    these were a share of the stage.
 
     Args:
         stages: In their order.
@@ -107,26 +109,66 @@ def settled(stages: tuple[StageConfig, ...], out: Path | None) -> tuple[StageCon
     Raises:
         UserError: If the config that a stage was begun with cannot be read.
     """
-    folders = {} if out is None else {stage: stage_folder(out, stage) for stage in (1, 2, 3)}
-    begun = {
-        stage: from_yaml((folder / CONFIG).read_text(encoding="utf-8"))
-        for stage, folder in folders.items()
-        if (folder / CONFIG).is_file()
-    }
+    begun: dict[int, StageConfig] = {}
+    for stage in (1, 2, 3):
+        if out is not None and (before := _begun(out, stage)) is not None:
+            begun[stage] = before
     as_hu = any(config.intensity.normalised is None for config in begun.values())
     return tuple(_settled(config, begun.get(config.stage), as_hu) for config in stages)
 
 
 def _settled(config: StageConfig, begun: StageConfig | None, as_hu: bool) -> StageConfig:
-    data, intensity = config.data, config.intensity
-    if data.near_excluded is None:
-        before = bool(begun is not None and begun.data.near_excluded)
-        data = data.model_copy(update={"near_excluded": before})
-    if data.modalities is None and begun is not None:
-        data = data.model_copy(update={"modalities": begun.data.modalities})
+    values = config.model_dump()
+    if config.data.near_excluded is None:
+        values["data"]["near_excluded"] = bool(begun is not None and begun.data.near_excluded)
     if as_hu:
-        intensity = intensity.model_copy(update={"normalised": None})
-    return config.model_copy(update={"data": data, "intensity": intensity})
+        values["intensity"]["normalised"] = None
+    if begun is not None:
+        if config.data.modalities is None:
+            values["data"]["modalities"] = begun.data.modalities
+        theirs, ours = schedules_in(begun), schedules_in(config)
+        for key in theirs.keys() & ours.keys():
+            if ours[key].warmup_share is not None and theirs[key].warmup_share is None:
+                section, _, name = key.partition(".")
+                values[section][name] |= {
+                    "warmup_share": None,
+                    "warmup_steps": theirs[key].warmup_steps,
+                }
+    return StageConfig.model_validate(values)
+
+
+def _begun(out: Path, stage: int) -> StageConfig | None:
+    """Return the config that a stage was begun with, None if it was not."""
+    path = stage_folder(out, stage) / CONFIG
+    return from_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def gram_teachers_in_warm_up(stages: tuple[StageConfig, ...], out: Path | None) -> list[str]:
+    """Say of every Gram teacher ``previous@STEP`` that it is taken inside a warm-up.
+
+    Args:
+        stages: In their order.
+        out: Folder of the run, None for a dry run.
+    """
+    running: dict[int, StageConfig] = {config.stage: config for config in stages}
+    said = []
+    for config in stages:
+        gram, before = config.losses.gram, config.stage - 1
+        source = running.get(before) or (None if out is None else _begun(out, before))
+        if source is None or not gram.weight or not gram.teacher.startswith("previous@"):
+            continue
+        step = int(gram.teacher.partition("@")[2])
+        schedules = schedules_in(source)
+        for key in ("optim.lr", "losses.teacher_temp"):
+            schedule = schedules[key]
+            if step < schedule.warmup_steps and schedule.start != schedule.peak:
+                said.append(
+                    f"the Gram teacher of stage {config.stage} is taken at step {step} of stage "
+                    f"{before}, inside the warm-up of {key} ({schedule.warmup_steps} steps): set "
+                    f"stage{before}.{key}.warmup_share=0.1 or take a later step "
+                    f"(stage{before}.engine.export_at and stage{config.stage}.losses.gram.teacher)."
+                )
+    return said
 
 
 def check(stages: tuple[StageConfig, ...], out: Path | None) -> None:

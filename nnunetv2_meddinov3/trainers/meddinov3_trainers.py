@@ -72,10 +72,10 @@ class MedDINOv3Trainer(nnUNetTrainer):
         self._step_guard: StepGuard | None = None
         self._resumed_architecture: dict[str, Any] | None = None
 
-    def run_training(self) -> None:
-        """Train, once it is certain that device and preprocessed data are there."""
-        readiness.check_trainer(self)
-        super().run_training()
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict and measure the validation cases, once it is certain that labels are there."""
+        readiness.check_labels(self)
+        super().perform_actual_validation(save_probabilities)
 
     def _set_iterations(self, iterations: int) -> None:
         self.num_iterations_per_epoch = iterations
@@ -85,10 +85,12 @@ class MedDINOv3Trainer(nnUNetTrainer):
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.
 
         Raises:
-            UserError: If the weights are not available or do not fit; nothing is built before.
+            UserError: If device, preprocessed data or weights are not available or do not fit;
+                nothing is built before.
         """
         if self.was_initialized:
             super().initialize()  # which refuses
+        readiness.check_trainer(self)
         file = None if self._resumed_architecture else fine_tuning.pretrained_file()
         pretrained = None if file is None else fine_tuning.read_pretrained(file)
         checkpoint = self._settle_architecture(pretrained)
@@ -162,7 +164,9 @@ class MedDINOv3Trainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """Resume from a checkpoint, with its architecture and its length unless told otherwise."""
         is_fresh = not self.was_initialized  # not --val_best after the training
+        fine_tuning.check_checkpoint(filename_or_checkpoint)
         if is_fresh:
+            readiness.check_trainer(self)
             entry = fine_tuning.checkpoint_architecture(
                 filename_or_checkpoint, self.configuration_name
             )

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_a_size_and_a_stage_make_the_config_that_was_one_file(name):
     wanted |= {f"intensity.normalised.{key}": value for key, value in NORMALISED.items()}  # new
     assert wanted["augment.window_level"] == [-200, 200]
     wanted |= SHARES
+    shares = {"optim.lr": 0.05} if name == "tiny_stage1" else {}
+    if name.endswith("_stage1") and name != "tiny_stage1":  # decided anew: a tenth of the stage
+        shares = {"optim.lr": 0.1, "losses.teacher_temp": 0.1}
+        wanted |= {f"{key}.warmup_steps": 10_000 for key in shares}
+    wanted |= {
+        key.replace("_steps", "_share"): shares.get(key.removesuffix(".warmup_steps"))
+        for key in wanted
+        if key.endswith(".warmup_steps")
+    }
     assert flatten(load_config(name).model_dump()) == wanted
 
 
@@ -73,7 +83,12 @@ def test_every_shipped_config_survives_a_round_trip(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_file_is_complete(stage):
     given = yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8"))
-    assert set(flatten(given)) == set(flatten(load_config(f"vitb16_{stage}").model_dump()))
+    wanted = set(flatten(load_config(f"vitb16_{stage}").model_dump()))
+    one_way = re.compile(r"\.warmup_(steps|share)$")  # of giving a warm-up
+    assert {one_way.sub(".warmup", key) for key in flatten(given)} == {
+        one_way.sub(".warmup", key) for key in wanted
+    }
+    assert set(flatten(given)) <= wanted
 
 
 @pytest.mark.parametrize("size", ["vits16", "vitb16", "vitl16", "tiny"])
@@ -220,7 +235,9 @@ def test_a_file_of_ones_own_may_leave_out_what_it_does_not_change(tmp_path):
     config = load_config(str(tmp_path / "mine.yaml"))
     assert (config.optim.steps, config.optim.lr.peak, config.optim.lr.end) == (70_000, 1e-3, 2e-4)
     assert config.crops == StageConfig().crops
-    (tmp_path / "mine.yaml").write_text("optim: {steps: 7}\n")
+    (tmp_path / "mine.yaml").write_text("optim: {steps: 70}\n")  # the warm-up is a tenth of it
+    assert load_config(str(tmp_path / "mine.yaml")).optim.lr.warmup_steps == 7
+    (tmp_path / "mine.yaml").write_text("optim: {steps: 7, lr: {warmup_steps: 8}}\n")
     with pytest.raises(UserError, match=r"optim.lr.warmup_steps .* at most the 7 steps"):
         load_config(str(tmp_path / "mine.yaml"))
 

@@ -75,6 +75,10 @@ def kinds_opened(store, *more):
     return with_kinds(config, opened, rows).data.modalities, len(rows)
 
 
+def said_of(config):
+    return said_of_slices(config, *open_store(config))
+
+
 def test_a_run_takes_what_a_store_holds_alone(mr_store, ct_store):
     assert kinds_opened(mr_store) == (["mr"], 24)
     assert kinds_opened(ct_store) == (["hu"], 24)
@@ -91,7 +95,7 @@ def test_one_kind_of_a_mixed_store_can_be_taken(kind, modality, both_store):
     store, rows = open_store(config_of(both_store, f"data.modalities=[{kind}]"))
     assert {store[int(row)][1]["modality"] for row in rows} == {modality}
     assert len(rows) == 18
-    said = said_of_slices(config_of(both_store, f"data.modalities=[{kind}]"))
+    said = said_of(config_of(both_store, f"data.modalities=[{kind}]"))
     assert "18 of 36 slices are of other kinds than data.modalities names" in said[0]
 
 
@@ -129,13 +133,13 @@ def test_mr_uses_the_range_of_its_contract_and_of_hu_it_did_not(mr_store):
     config.intensity.normalised = None  # all stored numbers taken for HU, as before
     (before,) = usage(store, rows, config)
     assert before.high > 0.5
-    assert "most values are clipped" in said_of_slices(config)[-1]
+    assert "most values are clipped" in said_of(config)[-1]
 
 
 def test_a_contract_that_clips_most_is_said(mr_store):
     config = config_of(mr_store, "intensity.normalised.clip=[0.9,1.0]")
-    assert "set intensity.normalised.clip to their range" in said_of_slices(config)[-1]
-    assert len(said_of_slices(config_of(mr_store))) == 1
+    assert "set intensity.normalised.clip to their range" in said_of(config)[-1]
+    assert len(said_of(config_of(mr_store))) == 1
 
 
 def test_air_of_a_ct_is_not_said_to_be_clipped(tmp_path, make_ct, write_image):
@@ -143,7 +147,7 @@ def test_air_of_a_ct_is_not_said_to_be_clipped(tmp_path, make_ct, write_image):
         array = make_ct(6, 64, seed=seed)
         write_image(tmp_path / f"v/p{seed}.nii.gz", np.where(array < -500, -1024, array))
     curate([tmp_path / "v"], tmp_path / "s")
-    (line,) = said_of_slices(config_of(tmp_path / "s"))
+    (line,) = said_of(config_of(tmp_path / "s"))
     assert "12 slices of CT in HU" in line
 
 

@@ -14,6 +14,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models import load_backbone, save_backbone
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.build import adapt_stem
 from nnunetv2_meddinov3.models.weights import read_checkpoint
 
 ODD = {"embed_dim": 64, "depth": 2, "num_heads": 1, "ffn_hidden": 128, "norm_eps": 3e-5}
@@ -61,6 +62,53 @@ def test_a_checkpoint_of_ours_is_read_with_the_architecture_of_its_plans(trained
     backbone = load_backbone(trained)
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, content["network_weights"][f"backbone.{name}"])
+
+
+def cascaded(content, images, one_hot):
+    """A checkpoint of the second stage of a cascade, made from one of a single stage."""
+    content = deepcopy(content)
+    stem = content["network_weights"]["backbone.vit.patch_embed.proj.weight"]
+    shape = (stem.shape[0], images + one_hot, *stem.shape[2:])
+    new = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    content["network_weights"]["backbone.vit.patch_embed.proj.weight"] = new
+    arguments = content["init_args"]
+    configurations = arguments["plans"]["configurations"]
+    configurations["2d_fine"] = {"inherits_from": "2d", "previous_stage": "2d"}
+    configurations["2d_finer"] = {"inherits_from": "2d_fine"}
+    arguments["configuration"] = "2d_finer"
+    backbone = configurations["2d"]["architecture"]["arch_kwargs"]["backbone"]
+    backbone["input_channels"] = images + one_hot
+    configurations["2d_finer"]["architecture"] = configurations["2d"]["architecture"]
+    channels = {str(n): f"c{n}" for n in range(images)}
+    arguments["dataset_json"] = {**arguments["dataset_json"], "channel_names": channels}
+    return content, new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "one_hot"), [(1, 1), (1, 2), (2, 3), (3, 1)])
+def test_of_a_cascade_the_kernels_of_one_hot_labels_are_left_out(
+    images, one_hot, content, tmp_path
+):
+    whole, stem = cascaded(content, images, one_hot)
+    torch.save(whole, tmp_path / "fine.pth")
+    checkpoint = read_checkpoint(tmp_path / "fine.pth")
+    assert checkpoint.architecture.input_channels == images
+    kept = load_backbone(tmp_path / "fine.pth").vit.patch_embed.proj.weight
+    assert torch.equal(kept, stem[:, :images])
+    for wanted in {1, 2, 4} - {images}:  # for images of other channels, as from any weights
+        fitted = adapt_stem(kept.detach(), wanted, wanted)
+        expected = stem[:, :images].mean(1) * images / wanted
+        torch.testing.assert_close(fitted[:, -1], expected)
+    again = adapt_stem(kept.detach(), images, images + one_hot)  # for the same cascade
+    assert not again[:, images:].any()
+
+
+@pytest.mark.slow
+def test_of_a_model_that_is_no_cascade_every_channel_is_kept(content, tmp_path):
+    whole, stem = cascaded(content, 2, 2)
+    del whole["init_args"]["plans"]["configurations"]["2d_fine"]["previous_stage"]
+    torch.save(whole, tmp_path / "plain.pth")
+    assert torch.equal(load_backbone(tmp_path / "plain.pth").vit.patch_embed.proj.weight, stem)
 
 
 @pytest.mark.slow

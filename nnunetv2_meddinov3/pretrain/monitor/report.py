@@ -21,11 +21,12 @@ from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     pca_maps,
     similarity_maps,
 )
+from nnunetv2_meddinov3.pretrain.probe.probing import too_few
 from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 
 _BODY_HU = -300  # a pixel above it shows the body
 _COLUMNS = 3  # panels beside each other
-_COLOURS = {"student": "#4477aa", "teacher": "#cc6677"}
+_COLOURS = {"student": "#4477aa", "teacher": "#cc6677", "blind guess": "#999999"}
 
 Rows = list[dict[str, Any]]
 Panels = dict[str, dict[str, str]]  # title -> key in a row -> its name in the legend
@@ -59,9 +60,9 @@ _HEALTH: Panels = {
     "relative change of weights": {"update": "change"},
 }
 _PROBES: Panels = {
-    "k-NN on slices, mAP": {"knn": "k-NN"},
-    "linear probe on slices, mAP": {"linear": "linear"},
-    "linear segmentation, Dice": {"dense": "segmentation"},
+    "k-NN on slices, mAP": {"knn": "k-NN", "blind_knn": "blind guess"},
+    "linear probe on slices, mAP": {"linear": "linear", "blind_linear": "blind guess"},
+    "linear segmentation, Dice": {"dense": "segmentation", "blind_dense": "blind guess"},
 }
 _FACTS = {"world_size": "processes", "git": "code"}
 
@@ -138,16 +139,19 @@ def _verdicts(health: Rows) -> Block:
 def _probes(rows: Rows) -> list[Section]:
     if not rows:
         return []
+    rows = [{**row, **{f"blind_{k}": v for k, v in row.get("blind", {}).items()}} for row in rows]
     blocks: list[Block] = []
     start = next((row for row in rows if row.get("weights") == "start"), None)
     if start:
         values = [
             f"{title} {start[key]:.3f}"
-            for title, series in _PROBES.items()
-            for key in series
+            + (f" (blind guess {start[blind]:.3f})" if start.get(blind) is not None else "")
+            for title, (key, blind) in _PROBES.items()
             if start.get(key) is not None
         ]
         blocks.append(Text(f"The weights at the start (step 0): {'; '.join(values)}."))
+    if "patients" in rows[-1] and (note := too_few(rows[-1]["patients"][1])) is not None:
+        blocks.append(Text(f"{note[0].upper()}{note[1:]}"))
     worse = [row["verdict"] for row in rows if row.get("verdict")]
     if worse:
         blocks.append(Text(worse[-1], "wrong"))

@@ -11,7 +11,7 @@ from nnunetv2_meddinov3.errors import UserError
 _DESCRIPTION = """\
 Measures frozen features on labelled slices: which structures a slice shows, by k-NN and by logistic
 regression on cls tokens (mean average precision); where they are, by a linear classifier of patch
-tokens (mean Dice). Held-out patients only, with 95 % intervals over them.
+tokens (mean Dice). Held-out patients only, with 95 % intervals over six or more of them.
 """
 
 
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--slices-per-case must be at least 1, got {arguments.slices_per_case}.")
     # Imported here because `--help` need not wait for torch.
     from nnunetv2_meddinov3.files import write_text
+    from nnunetv2_meddinov3.pretrain.probe.comparison import compare, table
     from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
-    from nnunetv2_meddinov3.pretrain.probe.probing import compare, table
 
     data = ProbeData.from_nnunet(
         arguments.dataset,

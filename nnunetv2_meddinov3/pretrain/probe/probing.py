@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,7 @@ from torch.nn import functional as F
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import default_layers
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.models.build import backbone_from
 from nnunetv2_meddinov3.models.contracts import contracts_of
-from nnunetv2_meddinov3.models.weights import Checkpoint, read_checkpoint, resolve_source
-from nnunetv2_meddinov3.pretrain.checkpoints import state_of
 from nnunetv2_meddinov3.pretrain.config import Intensity
 from nnunetv2_meddinov3.pretrain.intensity import contract_in
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
@@ -31,16 +27,17 @@ from nnunetv2_meddinov3.pretrain.probe.fitting import (
     resampled_average_precision,
 )
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
-from nnunetv2_meddinov3.pretrain.run_folder import CHECKPOINTS, EXPORT
 
 _MAX_PATCHES = 20_000  # to which the dense probe is fitted
 _THRESHOLD_SLICES = 64  # on which its thresholds are chosen
 _DENSE_L2 = 1e-3
 _BATCH = 16
 _DRAWS = 1000  # of the bootstrap
-_MIN_HELD_OUT = 5  # patients, for a verdict
+# Patients. With five or fewer, not even the range of all of them is a 95 % interval of their middle
+# (2 x 0.5^5 > 0.05); a resampled interval covers 51 % with two, 83 % with five, 86 % with six and
+# 93 % with twenty (normal scores, simulated).
+MIN_HELD_OUT = 6
 KINDS = ("knn", "linear", "dense")
-_COLUMNS = {"knn": "k-NN (mAP)", "linear": "linear (mAP)", "dense": "segmentation (Dice)"}
 _IN_WORDS = {
     "knn": "k-NN on slices",
     "linear": "the linear probe on slices",
@@ -57,8 +54,10 @@ class ProbeResult:
             where no structure is both shown and not shown in both parts.
         linear: The same by logistic regression.
         dense: Mean Dice of a linear classifier of patch tokens.
-        chance: Mean average precision of blind guessing.
-        intervals: Kind -> 95 % interval over resampled held-out patients.
+        chance: Mean average precision of blind guessing; that of ``blind`` for k-NN.
+        blind: Kind -> what guessing scores that looks at no picture, on the same slices.
+        intervals: Kind -> 95 % interval over resampled held-out patients; it means nothing below
+            ``MIN_HELD_OUT`` of them, and is not shown then.
         structures: Name -> its own scores.
         slices: Numbers of slices trained on and held out.
         patients: Numbers of patients.
@@ -68,6 +67,7 @@ class ProbeResult:
     linear: float | None
     dense: float | None
     chance: float | None
+    blind: dict[str, float | None]
     intervals: dict[str, list[float]]
     structures: dict[str, dict[str, float | None]]
     slices: list[int]
@@ -75,7 +75,7 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
-        return asdict(self)
+        return {**asdict(self), "intervals_mean_something": self.patients[1] >= MIN_HELD_OUT}
 
 
 def run_probe(
@@ -110,7 +110,8 @@ def run_probe(
     fitted_to = [p for p, out in zip(data.patients, data.is_held_out, strict=True) if not out]
     return ProbeResult(
         **{kind: _mean(scores[kind]) for kind in KINDS},
-        chance=held_out.chance(),
+        chance=(blind := held_out.blind())["knn"],
+        blind=blind,
         intervals=_intervals(held_out, seed),
         structures={
             name: {kind: _known(scores[kind][i]) for kind in KINDS}
@@ -132,6 +133,7 @@ class _HeldOut:
         usable: Structures whose average precision can be measured.
         predicted: Kind -> what says how likely a slice shows a structure.
         overlaps: Pixels in both prediction and mask, in the prediction, in the mask.
+        blind_overlaps: The same of a prediction that is one picture for all slices.
     """
 
     patients: np.ndarray
@@ -140,6 +142,7 @@ class _HeldOut:
     usable: list[int]
     predicted: dict[str, Float[np.ndarray, "slice structure"]]
     overlaps: Float[np.ndarray, "slice structure 3"]
+    blind_overlaps: Float[np.ndarray, "slice structure 3"]
 
     def scores(self) -> dict[str, Float[np.ndarray, " structure"]]:
         """Return kind -> score of each structure; NaN where there is none."""
@@ -172,9 +175,16 @@ class _HeldOut:
         predicted = {kind: values[self.is_whole] for kind, values in self.predicted.items()}
         return self.shown[self.is_whole], predicted
 
-    def chance(self) -> float | None:
-        """Return the mean average precision of blind guessing: how often structures are shown."""
-        return _mean([float(self.shown[self.is_whole, i].mean()) for i in self.usable])
+    def blind(self) -> dict[str, float | None]:
+        """Return kind -> mean score of a guess that is the same for every slice.
+
+        Equal scores have the average precision of how often a structure is shown.
+        """
+        shown, _ = self._whole()
+        equal = np.zeros(len(shown))
+        precision = _mean([average_precision(equal, shown[:, i]) for i in self.usable])
+        dice = _mean(_dice(self.blind_overlaps.sum(0)))
+        return {"knn": precision, "linear": precision, "dense": dice}
 
 
 @torch.no_grad()
@@ -218,31 +228,68 @@ def _predict(cls: Tensor, patches: Tensor, data: ProbeData, seed: int) -> _HeldO
         owners = np.array(data.patients)[fit.numpy()].tolist()
         predicted["knn"] = neighbour_scores(cls[fit], shown[fit], cls[out])
         predicted["linear"] = fit_linear(cls[fit], shown[fit], owners, seed)(cls[out]).numpy()
+    overlaps, blind_overlaps = _overlaps(patches, data, out, seed)
     return _HeldOut(
         patients=np.array(data.patients)[data.is_held_out],
         shown=shown[out].numpy(),
         is_whole=is_whole[out].numpy(),
         usable=usable,
         predicted=predicted,
-        overlaps=_overlaps(patches, data, out, seed),
+        overlaps=overlaps,
+        blind_overlaps=blind_overlaps,
     )
 
 
-def _overlaps(patches: Tensor, data: ProbeData, out: Tensor, seed: int) -> np.ndarray:
-    """Segment the held-out slices by a linear classifier of patch tokens, and count pixels."""
+def _overlaps(
+    patches: Tensor, data: ProbeData, out: Tensor, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segment the held-out slices and count pixels, by a linear classifier of patches and blindly.
+
+    The blind one takes each structure to be where the training slices show it most.
+    """
     generator = torch.Generator().manual_seed(seed)
-    train, held_out = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+    train = (~out).nonzero()[:, 0]
     model = _fit_dense(patches[train], data.masks[train], data.ignored[train], generator)
     some = train[torch.randperm(len(train), generator=generator)[:_THRESHOLD_SLICES]]
-    shares = _probabilities(model, patches[some], data.ignored[some])
-    thresholds = best_thresholds(shares, data.masks[some])[:, None, None]
+    usual = _usual_place(data.masks[train], data.ignored[train])
+
+    def linear(rows: Tensor) -> Tensor:
+        return _probabilities(model, patches[rows], data.ignored[rows])
+
+    def blind(rows: Tensor) -> Tensor:
+        return usual.expand(len(rows), -1, -1, -1).masked_fill(data.ignored[rows, None], 0)
+
+    return _counted(linear, data, some, out), _counted(blind, data, some, out)
+
+
+def _counted(
+    shares_of: Callable[[Tensor], Tensor], data: ProbeData, some: Tensor, out: Tensor
+) -> np.ndarray:
+    """Count the pixels of a segmentation and of the masks in the held-out slices.
+
+    Args:
+        shares_of: Numbers of slices -> how likely their pixels show each structure.
+        data: The slices.
+        some: Numbers of the slices on which thresholds are chosen.
+        out: Which slices are held out.
+    """
+    thresholds = best_thresholds(shares_of(some), data.masks[some])[:, None, None]
     counts = []
-    for rows in held_out.split(_BATCH):
-        masks = data.masks[rows]
-        found = _probabilities(model, patches[rows], data.ignored[rows]) > thresholds
+    for rows in out.nonzero()[:, 0].split(_BATCH):
+        masks, found = data.masks[rows], shares_of(rows) > thresholds
         pixels = [(found & masks).sum((2, 3)), found.sum((2, 3)), masks.sum((2, 3))]
         counts.append(torch.stack(pixels, -1))
     return torch.cat(counts).double().numpy()
+
+
+def _usual_place(
+    masks: Bool[Tensor, "slice structure height width"],
+    ignored: Bool[Tensor, "slice height width"],
+) -> Float[Tensor, "structure height width"]:
+    """Return how often slices show each structure at a pixel, 1 where that is most."""
+    labelled = (~ignored).sum(0).clamp(min=1)
+    often = masks.float().sum(0) / labelled
+    return often / often.amax((1, 2), keepdim=True).clamp(min=1e-9)
 
 
 def _fit_dense(
@@ -301,6 +348,16 @@ def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def too_few(held_out: int) -> str | None:
+    """Return what to say where there are too few held-out patients for intervals."""
+    if held_out >= MIN_HELD_OUT:
+        return None
+    return (
+        f"too few patients for an interval (n = {held_out} held out, at least {MIN_HELD_OUT} are "
+        "needed): differences between weights may be chance."
+    )
+
+
 def verdict(start: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Say in words if features have become worse than those the run started from.
 
@@ -312,7 +369,7 @@ def verdict(start: dict[str, Any], now: dict[str, Any]) -> str | None:
         A sentence; None while their intervals overlap, or there are too few held-out patients for
         intervals to mean anything.
     """
-    if start["patients"][1] < _MIN_HELD_OUT:
+    if start["patients"][1] < MIN_HELD_OUT:
         return None
     for kind, name in _IN_WORDS.items():
         interval, later = start["intervals"].get(kind), now["intervals"].get(kind)
@@ -323,76 +380,3 @@ def verdict(start: dict[str, Any], now: dict[str, Any]) -> str | None:
                 f"to {interval[1]:.3f}); lower optim.lr, or stop here and take an earlier export."
             )
     return None
-
-
-def compare(
-    sources: list[str], data: ProbeData, *, device: str = "auto", with_random: bool = False
-) -> dict[str, ProbeResult]:
-    """Probe several weights on the same slices.
-
-    Args:
-        sources: Anything that ``load_backbone`` takes, or folders of pretraining stages.
-        data: The slices.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        with_random: Whether random weights of the first one's size are probed too.
-
-    Returns:
-        Source -> result, in the order given.
-
-    Raises:
-        UserError: If weights cannot be read, or there is no such device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that PyTorch can use, but there is none.")
-    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    checkpoints = {source: _read(source) for source in sources}  # all, before any work
-
-    def probe(backbone: Backbone, checkpoint: Checkpoint) -> ProbeResult:
-        intensity = checkpoint.metadata.get("intensity")
-        return run_probe(backbone, data, intensity=intensity, device=chosen)
-
-    results = {name: probe(backbone_from(each), each) for name, each in checkpoints.items()}
-    if with_random:
-        first = checkpoints[sources[0]]
-        torch.manual_seed(0)
-        results["random weights"] = probe(Backbone(first.architecture), first)
-    return results
-
-
-def _read(source: str) -> Checkpoint:
-    folder = Path(source)
-    if (folder / EXPORT).is_file():
-        return read_checkpoint(folder / EXPORT)
-    if (folder / CHECKPOINTS).is_dir() and (state := state_of(folder)) is not None:
-        return read_checkpoint(state, branch="teacher")
-    return resolve_source(source)
-
-
-def table(results: dict[str, ProbeResult], data: ProbeData) -> str:
-    """Return the scores as text, one line for each of the weights."""
-    first = next(iter(results.values()))
-    width = max(len("weights"), *map(len, results))
-    lines = [
-        f"{data.name}: {first.slices[0]} slices of {first.patients[0]} patients to fit, "
-        f"{first.slices[1]} of {first.patients[1]} held out",
-        f"{'weights':{width}}  " + "".join(f"{title:26}" for title in _COLUMNS.values()),
-    ]
-    for name, result in results.items():
-        cells = "".join(f"{_cell(result, kind):26}" for kind in KINDS)
-        lines.append(f"{name:{width}}  {cells}".rstrip())
-    if first.chance is not None:
-        lines.append(f"{'blind guess':{width}}  {first.chance:<26.3f}{first.chance:.3f}")
-    if first.knn is None:
-        which = "completely labelled slices" if data.ignored.any() else "slices"
-        lines.append(
-            f"k-NN and linear: no structure is shown by some {which} and not by others in both "
-            "parts."
-        )
-    return "\n".join(lines)
-
-
-def _cell(result: ProbeResult, kind: str) -> str:
-    value, interval = getattr(result, kind), result.intervals.get(kind)
-    if value is None:
-        return "not measurable"
-    return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

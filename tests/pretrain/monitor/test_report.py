@@ -195,6 +195,25 @@ def test_probes_show_the_start_the_curves_and_what_became_worse(tmp_path):
     )
 
 
+def test_probes_show_the_blind_guess_and_that_a_few_patients_have_no_interval(tmp_path):
+    blind = {"knn": None, "linear": 0.25, "dense": 0.125}
+    row = {"knn": None, "linear": 0.5, "dense": 0.3, "verdict": None, "blind": blind}
+    rows = [{"step": 0, "weights": "start", **row, "patients": [4, 3]}]
+    rows.append({"step": 20, "weights": "teacher", **row, "patients": [4, 3]})
+    page = report_of(tmp_path / "few", probes=rows)
+    assert (
+        "The weights at the start (step 0): linear probe on slices, mAP 0.500 (blind guess 0.250); "
+        "linear segmentation, Dice 0.300 (blind guess 0.125)."
+    ) in page.texts["p"]
+    assert any(
+        text.startswith("Too few patients for an interval (n = 3") for text in page.texts["p"]
+    )
+    assert "segmentation from 0.3 to 0.3, blind guess from 0.125 to 0.125" in page.pictures[2][0]
+    enough = [{**each, "patients": [20, 6]} for each in rows]
+    page = report_of(tmp_path / "enough", probes=enough)
+    assert not any("Too few patients" in text for text in page.texts["p"])
+
+
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path):
     folder = tmp_path / "stage1"
     folder.mkdir()

@@ -10,6 +10,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import save_backbone
+from nnunetv2_meddinov3.pretrain.probe.comparison import table
 from nnunetv2_meddinov3.pretrain.probe.fitting import (
     Linear,
     average_precision,
@@ -18,7 +19,7 @@ from nnunetv2_meddinov3.pretrain.probe.fitting import (
     resampled_average_precision,
 )
 from nnunetv2_meddinov3.pretrain.probe.labelled import ProbeData
-from nnunetv2_meddinov3.pretrain.probe.probing import run_probe, table, verdict
+from nnunetv2_meddinov3.pretrain.probe.probing import MIN_HELD_OUT, run_probe, verdict
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,62 @@ def test_planted_features_are_found_and_shuffled_ones_are_not(data):
     assert bad.linear < 0.9
     assert bad.dense < 0.7 * good.dense  # organs lie alike in all patients
     assert good.intervals["dense"][0] <= good.dense <= good.intervals["dense"][1]
+
+
+def with_patients(data, number):
+    """The same slices with as many held-out patients."""
+    patients = list(data.patients)
+    for n, i in enumerate(np.flatnonzero(data.is_held_out)):
+        patients[i] = f"held out {n % number}"
+    return replace(data, patients=patients)
+
+
+@pytest.mark.parametrize("number", [1, 2, MIN_HELD_OUT - 1, MIN_HELD_OUT, 8])
+def test_intervals_over_a_few_patients_are_not_shown_and_said_to_mean_nothing(data, number):
+    few = with_patients(data, number)
+    result = run_probe(a_backbone(), few)
+    text = table({"w": result}, few)
+    is_enough = number >= MIN_HELD_OUT
+    assert (" to 0." in text) == is_enough
+    assert (f"too few patients for an interval (n = {number} held out" in text) != is_enough
+    assert result.to_dict()["intervals_mean_something"] == is_enough
+
+
+def test_the_fewest_patients_are_those_whose_whole_range_is_an_interval_of_95_percent():
+    assert 2 * 0.5**MIN_HELD_OUT <= 0.05 < 2 * 0.5 ** (MIN_HELD_OUT - 1)
+
+
+def test_a_blind_guess_scores_in_every_column_what_no_picture_is_needed_for(data):
+    result = run_probe(a_backbone(), data)
+    held_out = torch.from_numpy(data.is_held_out)
+    shown = data.masks[held_out].flatten(2).any(2)
+    usable = [i for i, s in enumerate(result.structures.values()) if s["knn"] is not None]
+    prevalence = shown[:, usable].float().mean().item()
+    assert result.blind["knn"] == result.blind["linear"] == pytest.approx(prevalence)
+    assert result.chance == result.blind["knn"]
+    # a prediction of a whole picture is a guess too, and the usual place is no worse a one
+    whole = [
+        2 * m.sum().item() / (m.numel() + m.sum().item()) for m in data.masks[held_out].unbind(1)
+    ]
+    assert np.mean(whole) < result.blind["dense"] < run_probe(Planted(data), data).dense
+    assert run_probe(a_backbone(1), data).blind == result.blind  # whatever the weights
+    *_, row, _ = table({"w": result}, data).splitlines()
+    assert row.split() == ["blind", "guess", *(f"{v:.3f}" for v in result.blind.values())]
+
+
+def test_a_blind_segmentation_is_of_the_training_slices_and_by_hand(data):
+    """One structure, in the left half of the training slices and the whole of the others."""
+    masks = torch.zeros_like(data.masks[:, :1])
+    masks[..., :32] = True
+    masks[torch.from_numpy(data.is_held_out)] = True
+    planted = replace(data, masks=masks, structures=["a"])
+    assert run_probe(a_backbone(), planted).blind["dense"] == pytest.approx(2 * 0.5 / 1.5)
+    half = half_ignored(planted)
+    assert run_probe(a_backbone(), half).blind["dense"] == pytest.approx(2 * 0.5 / 1.5)
+    elsewhere = planted.masks.clone()
+    elsewhere[torch.from_numpy(data.is_held_out), :, :, :32] = False
+    result = run_probe(a_backbone(), replace(planted, masks=elsewhere))
+    assert result.blind["dense"] == 0
 
 
 def half_ignored(data):
@@ -105,6 +162,9 @@ def test_where_no_slice_is_completely_labelled_the_table_says_so(data):
     text = table({"w": result}, half)
     assert "no structure is shown by some completely labelled slices and not by others" in text
     assert text.count("not measurable") == 2
+    assert (result.blind["knn"], result.blind["linear"]) == (None, None)
+    assert 0 < result.blind["dense"] < 1
+    assert "\nblind guess  -  " in text
 
 
 def test_a_probe_is_the_same_each_time_and_leaves_no_trace_in_the_random_state(data):
