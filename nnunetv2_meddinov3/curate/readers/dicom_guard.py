@@ -8,12 +8,13 @@ through as what it inflates to.
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from nnunetv2_meddinov3.curate.volume import MAX_VOXELS, check_memory
 
@@ -124,14 +125,20 @@ def _inflated(file: BinaryIO, head: bytearray) -> io.BytesIO:
 def check_lengths(file: BinaryIO) -> Pixels | None:
     """Walk through a file with DICOM's mark, not deflated, and return where it has pixels.
 
+    Pixels inside sequences, those of icons, are passed by.
+
     Raises:
         Misfit: If an element reaches beyond the file, or is not an element.
     """
     size = file.seek(0, os.SEEK_END)
     syntax = IMPLICIT
     at, order, explicit = START, "<", True
-    unknown = 0  # sequences around this element from one of type UN on, which are implicit
+    around: list[_Sequence] = []
+    inside = False  # whether there are pixels in a sequence
     while at < size:
+        while around and at >= around[-1].end:
+            around.pop()
+        unknown = bool(around) and around[-1].unknown
         file.seek(at)
         group = int.from_bytes(file.read(2), "little" if order == "<" else "big")
         if explicit and at > START and order == "<" and group != 2:
@@ -143,21 +150,37 @@ def check_lengths(file: BinaryIO) -> Pixels | None:
             if unknown:
                 return NOWHERE  # only the parsers know such a sequence
             raise
-        if tag == PIXEL_DATA and not unknown:
-            if length != UNDEFINED:
-                return Pixels(begin, length)
-            _walk_fragments(file, begin, size, order)
-            return Pixels(begin, None)
-        if tag == TRANSFER_SYNTAX:
+        at = begin if length == UNDEFINED else begin + length
+        if tag == PIXEL_DATA:
+            if length == UNDEFINED:
+                at = _end_of_fragments(file, begin, size, order)
+            if not around:
+                return Pixels(begin, None if length == UNDEFINED else length)
+            inside = True
+        elif tag == TRANSFER_SYNTAX:
             file.seek(begin)
             syntax = _plain(file.read(length))
-        if length == UNDEFINED and tag != ITEM and (unknown or kind == b"UN"):
-            unknown += 1
-        elif unknown and tag == END_OF_ITEMS:
-            unknown -= 1
-        nested = tag[0] == DELIMITERS or kind == b"SQ" or length == UNDEFINED
-        at = begin if nested else begin + length
-    return None
+        elif tag == END_OF_ITEMS and around and around[-1].end == math.inf:
+            around.pop()
+        elif tag[0] == DELIMITERS:
+            at = begin
+        elif kind == b"SQ" or length == UNDEFINED:
+            end = math.inf if length == UNDEFINED else at
+            around.append(_Sequence(end, unknown or kind == b"UN"))
+            at = begin
+    return NOWHERE if inside and around else None
+
+
+class _Sequence(NamedTuple):
+    """A sequence around an element.
+
+    Attributes:
+        end: Byte behind it, infinite where a delimiter ends it.
+        unknown: Whether it is one of type UN or inside one, whose elements are implicit.
+    """
+
+    end: float
+    unknown: bool
 
 
 def _encoding(syntax: str) -> tuple[str, bool]:
@@ -194,12 +217,12 @@ def _head(
     return tag, kind, struct.unpack(f"{order}I", head[8:])[0], at + 12
 
 
-def _walk_fragments(file: BinaryIO, at: int, size: int, order: str) -> None:
-    """Follow the compressed fragments of the pixels up to their end."""
+def _end_of_fragments(file: BinaryIO, at: int, size: int, order: str) -> int:
+    """Follow the compressed fragments of the pixels and return the byte behind them."""
     while at < size:
         tag, _, length, begin = _head(file, at, order, explicit=False)
         if tag == END_OF_ITEMS:
-            return
+            return begin
         if tag != ITEM or begin + length > size:
             break
         at = begin + length

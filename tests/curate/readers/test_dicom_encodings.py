@@ -162,6 +162,50 @@ def test_pixels_may_be_padded(tmp_path, hu, one_slice, save, syntax, padding):
     np.testing.assert_array_equal(read(source).array, hu)
 
 
+@pytest.mark.parametrize(
+    ("syntax", "packed"),
+    [*((syntax, False) for syntax in NATIVE), (NATIVE[0], True), (NATIVE[1], True)],
+)
+@pytest.mark.parametrize("undefined", [False, True])
+def test_the_pixels_of_an_icon_are_not_those_of_the_image(
+    tmp_path, hu, one_slice, save, syntax, undefined, packed
+):
+    for k in range(6):
+        dataset = one_slice(k, syntax)
+        icon = pydicom.Dataset()
+        icon.Rows = icon.Columns = icon.BitsAllocated = 8
+        icon.PixelData = encaps.encapsulate([bytes(90)]) if packed else bytes(64)
+        icon["PixelData"].VR = "OB"
+        icon["PixelData"].is_undefined_length = packed
+        icon.is_undefined_length_sequence_item = undefined
+        dataset.IconImageSequence = [icon]
+        dataset["IconImageSequence"].is_undefined_length = undefined
+        if k == 5:
+            dataset.PixelData = dataset.PixelData[:-100]
+        save(dataset, tmp_path / f"{k}.dcm")
+    (source,), refused = find_sources([tmp_path])
+    assert refused == []
+    image = read(source)
+    np.testing.assert_array_equal(image.array, hu[:5])
+    assert any("cut off (940 of 1040 bytes): 5.dcm" in note for note in image.notes)
+
+
+def test_a_sequence_without_an_end_hides_where_the_pixels_are(tmp_path, hu, one_slice, save):
+    for k in range(6):
+        dataset = one_slice(k)
+        dataset.IconImageSequence = [pydicom.Dataset()]
+        dataset["IconImageSequence"].is_undefined_length = True
+        path = save(dataset, tmp_path / f"{k}.dcm")
+        data = path.read_bytes()
+        end = b"\xfe\xff\xdd\xe0" + bytes(4)
+        assert data.count(end) == 1
+        with path.open("rb") as file:
+            assert dicom_guard.check_lengths(file).length == 1040
+        path.write_bytes(data.replace(end, b""))
+        with path.open("rb") as file:
+            assert dicom_guard.check_lengths(file) == dicom_guard.NOWHERE
+
+
 def test_an_odd_number_of_bytes_is_padded(tmp_path, one_slice, save):
     values = np.random.default_rng(0).integers(0, 256, (3, 17, 19)).astype(np.uint8)
     for k in range(3):
