@@ -9,36 +9,34 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 
-from nnunetv2_meddinov3.curate.discover import find_sources
-from nnunetv2_meddinov3.curate.modalities import identify
-from nnunetv2_meddinov3.curate.orient import reorient
-from nnunetv2_meddinov3.curate.readers import read
+from nnunetv2_meddinov3.curate.exclusions import (
+    Range,
+    is_resampled,
+    range_of,
+    read_excluded,
+)
 from nnunetv2_meddinov3.curate.slices import (
     Stack,
     in_another_way,
     stack_of_stored,
-    stack_slices,
 )
-from nnunetv2_meddinov3.curate.volume import Unreadable, Volume, VolumeSource, counted
-from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.curate.volume import Volume, VolumeSource, counted
+from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.codec import decode
 from nnunetv2_meddinov3.store.fingerprints import (
     as_numbers,
     bit_distances,
-    perceptual_hash,
     slice_sha256,
     turned,
     turned_hashes,
 )
 from nnunetv2_meddinov3.store.index import read_records
 from nnunetv2_meddinov3.store.layout import (
-    INDEX,
-    MANIFEST,
     RECORDS,
     STORE,
     array_name,
@@ -51,7 +49,6 @@ from nnunetv2_meddinov3.store.writer import StoreWriter
 EXCLUDED = "excluded: "  # begins the reason of a source that --exclude keeps out
 NEAR_BITS = 4  # of 64
 _PROGRESS_EVERY = 100  # stored volumes between two lines where there is no terminal
-_LIST_LINE = re.compile(r"([0-9a-fA-F]{64})(?:[\s,]+([0-9a-fA-F]{16}))?(?:[\s,].*)?")
 _NOTE = "leakage guard"
 _IN_ALL_SYMMETRIES = ", mirrored and turned too"  # which notes of earlier versions do not say
 # The benchmarks of the paper (MedDINOv3, sec. 4.1), as lower-case words joined by "_". Task 3 of
@@ -69,18 +66,6 @@ _CONTAIN = {
     r"abdomen_?atlas(_?[\d_]*(mini|pro)?)?": ("AMOS22", "BTCV", "KiTS23", "LiTS"),
 }
 DEFAULT_BENCHMARKS = tuple(_PATTERNS)
-
-
-_Range = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class _Excluded:
-    """What is known of a slice that must not enter; of a line in a list of hashes not all is."""
-
-    sha256: str
-    phash: str | None
-    range: _Range | None
 
 
 def check_benchmarks(
@@ -130,7 +115,7 @@ class Guard:
 
     origins: dict[str, str] = field(default_factory=dict)
     phashes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    ranges: frozenset[_Range] | None = None
+    ranges: frozenset[Range] | None = None
 
     def note(self) -> tuple[str, ...]:
         """Return what the record of a volume says of the guard it passed, nothing without one."""
@@ -183,7 +168,7 @@ class Guard:
 
     def _origin(self, image: np.ndarray) -> tuple[str, bool] | None:
         """Return the exclusion that holds a slice, and whether as it is; None if none does."""
-        if self.ranges is not None and _range_of(image) not in self.ranges:
+        if self.ranges is not None and range_of(image) not in self.ranges:
             return None
         for number, each in enumerate(turned(image)):
             if (name := self.origins.get(slice_sha256(each))) is not None:
@@ -214,10 +199,10 @@ def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Gu
         return Guard()
     origins: dict[str, str] = {}
     phashes: set[str] = set()
-    ranges: set[_Range | None] = set()
+    ranges: set[Range | None] = set()
     with Progress(len(arguments), "exclusions", stream=progress) as bar:
         for argument in arguments:
-            name, slices, number = _read_excluded(argument)
+            name, slices, number = read_excluded(argument)
             if not slices:
                 raise UserError(
                     f"--exclude {argument} must hold volumes or hashes of slices, but has none: "
@@ -250,7 +235,7 @@ def check_store(guard: Guard, store: Path, progress: TextIO | None = None) -> di
     alike: dict[str, list[int]] = {}
     if not guard.origins or not (store / STORE).is_file():
         return alike
-    resampled = _is_resampled(read_options(store))
+    resampled = is_resampled(read_options(store))
     number = sum(1 for _ in (store / RECORDS).glob("*.json"))
     with Progress(number, "stored volumes", every=_PROGRESS_EVERY, stream=progress) as bar:
         for record in read_records(store, in_order=False):
@@ -294,103 +279,6 @@ def _leak(store: Path, record: VolumeRecord, what: str) -> UserError:
     return UserError(
         f"The store {store} must hold nothing that --exclude names, but {record.source_key} in it "
         f"{what}: curate into a new store."
-    )
-
-
-def _read_excluded(argument: Path) -> tuple[str, list[_Excluded], int | None]:
-    """Return the name of an exclusion, its slices, and its number of volumes if it has any."""
-    path = Path(argument)
-    name = path.resolve().name
-    if not path.exists():
-        raise UserError(f"--exclude must name what exists, but {path} does not: check the path.")
-    if path.is_file() and path.name in {STORE, MANIFEST, INDEX}:
-        path = path.parent
-        name = path.resolve().name
-    if (path / STORE).is_file():
-        return name, *_slices_of_store(path)
-    if path.is_file() and path.suffix in {".txt", ".csv", ".sha256"}:
-        return name, _slices_of_list(path), None
-    tests = path / "imagesTs"
-    if (path / "dataset.json").is_file() and tests.is_dir() and any(tests.iterdir()):
-        return f"{name}/imagesTs", *_slices_of_volumes(tests)
-    return name, *_slices_of_volumes(path)
-
-
-def _slices_of_store(store: Path) -> tuple[list[_Excluded], int]:
-    if _is_resampled(read_options(store)):
-        raise UserError(
-            f"A store given to --exclude must have the native geometry, but {store} was resampled, "
-            "which changes every hash: curate it without --pixel-spacing and --size."
-        )
-    records: list[VolumeRecord] = list(read_records(store))
-    slices = [
-        _Excluded(row.sha256, row.phash, (row.hu_min, row.hu_max, row.hu_mean))
-        for record in records
-        for row in record.slices
-    ]
-    return slices, len(records)
-
-
-def _is_resampled(options: dict[str, Any]) -> bool:
-    return options.get("pixel_spacing_mm") is not None or options.get("size") is not None
-
-
-def _slices_of_list(path: Path) -> list[_Excluded]:
-    slices: list[_Excluded] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--exclude {path} must be a readable text file, but: {first_line(error)}."
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _LIST_LINE.fullmatch(line.strip())
-        if match is None:
-            raise UserError(
-                f"Each line of {path} must begin with the SHA-256 of a slice (64 hexadecimal "
-                f"digits), but line {number} is {line[:80]!r}: correct it or begin it with #."
-            )
-        sha256, phash = match.groups()
-        slices.append(_Excluded(sha256.lower(), phash.lower() if phash else None, None))
-    return slices
-
-
-def _slices_of_volumes(path: Path) -> tuple[list[_Excluded], int]:
-    sources, problems = find_sources([path])
-    if problems:
-        key, reason = problems[0]
-        raise _hole(path, key, reason)
-    slices: list[_Excluded] = []
-    for source in sources:
-        try:
-            volume = identify(reorient(read(source)), source)
-            if volume.array.min() == volume.array.max():
-                continue  # constant slices are alike in many volumes
-            stack, other = stack_slices(volume), in_another_way(volume)
-        except Unreadable as error:
-            raise _hole(path, source.key, str(error)) from error
-        except MemoryError as error:
-            raise _hole(path, source.key, "it needs more memory than is available") from error
-        for image in (stack.array[z] for z in stack.informative()):
-            phash = perceptual_hash(image, *stack.scale.window)
-            slices.append(_Excluded(slice_sha256(image), phash, _range_of(image)))
-        if other is not None:  # as a store of before, or a copy that says its modality, has it
-            images = (other[z] for z in stack.informative())
-            slices += [_Excluded(slice_sha256(each), None, _range_of(each)) for each in images]
-    return slices, len(sources)
-
-
-def _range_of(image: np.ndarray) -> _Range:
-    """Return the smallest, largest and mean value; exact, in whatever order they are summed."""
-    return float(image.min()), float(image.max()), float(image.mean(dtype=np.float64))
-
-
-def _hole(path: Path, key: str, reason: str) -> UserError:
-    return UserError(
-        f"Everything in --exclude {path} must be readable, but {key} is not ({reason}): fix it, "
-        "or name the folder or the files of the test images alone."
     )
 
 

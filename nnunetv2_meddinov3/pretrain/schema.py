@@ -8,14 +8,27 @@ may differ when a run is resumed; all others change results.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import SIZES
+from nnunetv2_meddinov3.pretrain.schema_values import (
+    AreaRange,
+    Count,
+    Positive,
+    PositiveRange,
+    Range,
+    Share,
+    Text,
+    gram_source,
+    ordered,
+    size_name,
+    three,
+    two_different,
+)
 
 Kind = Literal["hu", "windowed", "mr", "other", "unknown"]
 KINDS: dict[str, str] = {
@@ -26,49 +39,6 @@ KINDS: dict[str, str] = {
     "unknown": "values of unknown meaning",
 }
 GLOBAL_CROPS = 2  # of an image, as in every DINO
-
-
-def _ordered(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
-    """Return a rule for a range: two numbers in order between two bounds."""
-
-    def check(values: list[float]) -> list[float]:
-        if len(values) != 2 or not low <= values[0] <= values[1] <= high:
-            raise ValueError(f"two numbers in order, from {low:g} to {high:g}")
-        return values
-
-    return AfterValidator(check)
-
-
-def _three(values: list[float]) -> list[float]:
-    if len(values) != 3:
-        raise ValueError("three numbers: first global, second global, local crops")
-    return values
-
-
-def _size(value: str) -> str:
-    if value not in SIZES:
-        raise ValueError(f"one of {', '.join(SIZES)}")
-    return value
-
-
-def _gram_source(value: str) -> str:
-    if value.startswith("previous") and not re.fullmatch(r"previous(@\d+)?", value):
-        raise ValueError("previous or previous@STEP, with a whole number")
-    return value
-
-
-def _text(value: object) -> object:
-    """Take a folder or a name that YAML reads as a number for what it is."""
-    return str(value) if type(value) in (int, float) else value
-
-
-Text = Annotated[str, BeforeValidator(_text)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Range = Annotated[list[float], _ordered()]
-PositiveRange = Annotated[list[float], _ordered(0)]
-AreaRange = Annotated[list[float], _ordered(1e-3, 1)]
 
 
 class Section(BaseModel):
@@ -107,7 +77,7 @@ class Model(Section):
     be that of the weights, a stated ``norm_eps`` or ``rope_dtype`` is used in place of theirs.
     """
 
-    size: Annotated[str, AfterValidator(_size)] = "vit_base"
+    size: Annotated[str, AfterValidator(size_name)] = "vit_base"
     input_channels: Literal[1, 3] = 3  # one slice is repeated; 1 sums a pretrained stem's kernels
     qkv_bias: bool | None = None  # random: true
     norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None  # random: 1e-6
@@ -159,7 +129,7 @@ class Gram(Section):
     """
 
     weight: Schedule | None = None  # None: a stage without it
-    teacher: Annotated[Text, AfterValidator(_gram_source)] = "ema"
+    teacher: Annotated[Text, AfterValidator(gram_source)] = "ema"
     refresh_every: Count | None = None  # copy the teacher into it every so many steps; None: never
     refresh_from: Annotated[int, Field(ge=0)] = 0  # first step at which it may be copied
     max_refreshes: Count | None = None  # None: without limit
@@ -186,7 +156,7 @@ class Masks(Section):
     """Which patches the student does not see."""
 
     probability: Share = 0.5  # share of global crops with a mask
-    ratio: Annotated[list[float], _ordered(0, 0.5)] = [0.1, 0.5]  # share of their patches
+    ratio: Annotated[list[float], ordered(0, 0.5)] = [0.1, 0.5]  # share of their patches
 
 
 class Resolution(Section):
@@ -207,20 +177,14 @@ class Crops(Section):
     local_crops: Count = 8
     global_scale: AreaRange = [0.32, 1.0]  # share of the slice's area
     local_scale: AreaRange = [0.05, 0.32]
-    aspect_ratio: Annotated[list[float], _ordered(0.1, 10)] = [0.75, 4 / 3]
+    aspect_ratio: Annotated[list[float], ordered(0.1, 10)] = [0.75, 4 / 3]
     horizontal_flip: Share = 0.5  # probability
-
-
-def _two_different(values: list[float]) -> list[float]:
-    if values[0] == values[1]:
-        raise ValueError("two different numbers")
-    return values
 
 
 class Contract(Section):
     """What is done to values: clipped, ``mean`` subtracted, divided by ``std``."""
 
-    clip: Annotated[Range, AfterValidator(_two_different)]
+    clip: Annotated[Range, AfterValidator(two_different)]
     mean: float
     std: Positive
 
@@ -243,19 +207,19 @@ class Augment(Section):
 
     window_probability: Share = 0.5
     window_level: Range = [0.4, 0.6]  # from the lower end of the range: -200 to 200 HU
-    window_width: Annotated[list[float], _ordered(1e-4)] = [0.2, 1.0]  # 400 to 2000 HU
+    window_width: Annotated[list[float], ordered(1e-4)] = [0.2, 1.0]  # 400 to 2000 HU
     contrast_probability: Share = 0.15
     contrast: PositiveRange = [0.75, 1.25]  # factor about the mean
     brightness: Range = [-0.025, 0.025]  # added with it: -50 to 50 HU
     gamma_probability: Share = 0.1
-    gamma: Annotated[list[float], _ordered(1e-2)] = [0.7, 1.5]
+    gamma: Annotated[list[float], ordered(1e-2)] = [0.7, 1.5]
     # of the first global, the second global and the local crops
-    blur_probability: Annotated[list[Share], AfterValidator(_three)] = [0.0, 0.9, 0.5]
+    blur_probability: Annotated[list[Share], AfterValidator(three)] = [0.0, 0.9, 0.5]
     blur_sigma_pixels: PositiveRange = [0.1, 2.0]
     noise_probability: Share = 0.1
     noise_sd: PositiveRange = [0.0, 0.025]  # to 50 HU
     low_resolution_probability: Share = 0.25
-    low_resolution: Annotated[list[float], _ordered(1e-2, 1)] = [0.5, 1.0]  # zoom factor
+    low_resolution: Annotated[list[float], ordered(1e-2, 1)] = [0.5, 1.0]  # zoom factor
 
 
 class Optim(Section):
@@ -270,7 +234,7 @@ class Optim(Section):
     freeze_last_layer_steps: Annotated[int, Field(ge=0)] = 3000
     layerwise_decay: Positive = 0.9
     patch_embed_lr_multiplier: float = 0.2
-    betas: Annotated[list[float], _ordered(0, 1)] = [0.9, 0.999]
+    betas: Annotated[list[float], ordered(0, 1)] = [0.9, 0.999]
     clip_grad: Positive = 3.0  # L2, of backbone and of each head alone
     seed: int = 0
 
