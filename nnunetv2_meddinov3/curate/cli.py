@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.store.sharing import check_target
 
 _EPILOG = """\
 exit codes: 0 if all sources entered or were excluded on request, 3 if some were skipped, 2 if
@@ -34,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     shard = _shard(arguments.shard)
-    check_target(arguments.store, shard)  # a mistake need not wait for these imports either
+    from nnunetv2_meddinov3.store.sharing import check_target
+
+    check_target(arguments.store, shard)  # a mistake need not wait for the imports that follow
     # Imported here because `--help` need not wait for SimpleITK and matplotlib.
     from nnunetv2_meddinov3.curate.leakage import DEFAULT_BENCHMARKS
     from nnunetv2_meddinov3.curate.pipeline import curate

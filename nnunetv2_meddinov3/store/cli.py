@@ -7,7 +7,6 @@ from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.files import check_writable
-from nnunetv2_meddinov3.store.sharing import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +61,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from nnunetv2_meddinov3.store.sharing import check_target
+
     check_target(args.into)
     from nnunetv2_meddinov3.store.manage import merge
     from nnunetv2_meddinov3.store.reader import SliceStore
