@@ -19,12 +19,15 @@ _TRAINER_MODULE = "nnunetv2_meddinov3.trainers.meddinov3_trainers"
 _TRAINER_HOST = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 _PLANNER_HOST = "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner"
 
+_BASELINE_MODULE = "nnunetv2_meddinov3.trainers.baseline_trainers"
+
 TRAINERS = dict.fromkeys(
     (
         "MedDINOv3Trainer",
         "DINOv3Trainer",
         "MedDINOv3Trainer_scratch",
         "MedDINOv3Trainer_singlescale",
+        "MedDINOv3Trainer_singlescale_matched",
         "MedDINOv3Trainer_frozen",
         "MedDINOv3Trainer_NoMirroring",
         "MedDINOv3Trainer_50epochs",
@@ -32,6 +35,16 @@ TRAINERS = dict.fromkeys(
         "MedDINOv3Trainer_demo",
     ),
     _TRAINER_MODULE,
+) | dict.fromkeys(
+    (
+        "MedDINOv3Trainer_sam",
+        "MedDINOv3Trainer_sam_x4",
+        "SegFormerTrainer",
+        "SegFormerTrainer_imagenet",
+        "DinoUNetTrainer",
+        "SegDINOTrainer",
+    ),
+    _BASELINE_MODULE,
 )
 """Name of each trainer -> module that defines it."""
 
@@ -45,6 +58,14 @@ _COMMANDS = (
     "nnunetv2.evaluation.find_best_configuration",
     "nnunetv2.model_sharing.entry_points",
     "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
+)
+# of our names, in lower case
+_BEGINNINGS = (
+    "meddino",
+    "dinov3trainer",
+    "segformertrainer",
+    "dinounettrainer",
+    "segdinotrainer",
 )
 
 _HOSTS = {_TRAINER_HOST: TRAINERS, _PLANNER_HOST: PLANNERS}

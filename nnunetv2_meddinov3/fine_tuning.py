@@ -36,7 +36,15 @@ from nnunetv2_meddinov3.models.weights import Checkpoint, checkpoint_from, resol
 from nnunetv2_meddinov3.settings import backbone_setting, checkpointing_setting, weights_setting
 
 SEGMENTER = "nnunetv2_meddinov3.models.segmenter.Segmenter"
+SEGFORMER = "nnunetv2_meddinov3.models.segformer.SegFormer"
+SEGDINO = "nnunetv2_meddinov3.models.segdino.SegDINO"
+DINO_UNET = "nnunetv2_meddinov3.models.dino_unet.DinoUNet"
+SAM_SEGMENTER = "nnunetv2_meddinov3.models.sam_decoder.SamSegmenter"
+NETWORKS = (SEGMENTER, SEGFORMER, SEGDINO, DINO_UNET, SAM_SEGMENTER)
+"""What the plans of our trainers name."""
 
+LIBRARY = "the library's"
+"""Stands for the weights that the library of a network comes with."""
 
 # names that a run's length has in the optimiser's groups, and so in every checkpoint
 _LENGTH = ("num_epochs", "num_iterations")
@@ -63,6 +71,11 @@ class GroupwisePolyLR(LRScheduler):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def nnunet_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    """Return nnU-Net's kind of optimiser for groups with learning rates of their own."""
+    return torch.optim.SGD(groups, weight_decay=weight_decay, momentum=0.99, nesterov=True)
 
 
 def note_length(optimizer: torch.optim.Optimizer, epochs: int, iterations: int) -> None:
@@ -231,15 +244,19 @@ class Pretrained:
     shapes: dict[str, tuple[int, ...]]
 
 
-def read_pretrained(file: str) -> Pretrained:
+def read_pretrained(file: str, part: str = "backbone.vit.") -> Pretrained:
     """Read a file for ``-pretrained_weights``, without running its code.
+
+    Args:
+        file: Its path.
+        part: How the names of the pretrained part's tensors begin.
 
     Raises:
         UserError: If it cannot be read, or is no checkpoint of nnU-Net with a network of ours, or
             is of another size than MEDDINOV3_BACKBONE.
     """
     files = read_files(file)
-    if not files.run or not any(key.startswith("backbone.vit.") for key in files.tensors):
+    if not files.run or not any(key.startswith(part) for key in files.tensors):
         raise UserError(
             f"-pretrained_weights must be a checkpoint_*.pth of a MedDINOv3 trainer, but {file} is "
             "not: set MEDDINOV3_WEIGHTS to it if it holds a pretrained ViT, or name another file."
@@ -278,17 +295,25 @@ def plans_entry(
     input_channels: int,
     layers: list[int] | str | None,
     drop_path: float,
+    network_class: str = SEGMENTER,
+    **options: Any,
 ) -> dict[str, Any]:
     """Return the plans' ``architecture`` entry for a backbone and the images of a dataset."""
     stem = stem_channels(architecture.input_channels, input_channels)
+    arguments = {
+        "backbone": {**architecture.to_dict(), "input_channels": stem},
+        "layers": resolve_layers(layers, architecture.depth),
+        "drop_path": drop_path,
+        "activation_checkpointing": bool(checkpointing_setting()),
+    }
+    return network_entry(network_class, {**arguments, **options})
+
+
+def network_entry(network_class: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return an ``architecture`` entry as nnU-Net reads it."""
     return {
-        "network_class_name": SEGMENTER,
-        "arch_kwargs": {
-            "backbone": {**architecture.to_dict(), "input_channels": stem},
-            "layers": resolve_layers(layers, architecture.depth),
-            "drop_path": drop_path,
-            "activation_checkpointing": bool(checkpointing_setting()),
-        },
+        "network_class_name": network_class,
+        "arch_kwargs": arguments,
         "_kw_requires_import": [],
     }
 
@@ -298,17 +323,21 @@ def trained_folds(folder: str) -> list[Path]:
     return sorted({p.parent for p in Path(folder).glob("fold_*/checkpoint_*.pth")})
 
 
-def saved_architecture(folder: str, configuration: str) -> dict[str, Any] | None:
-    """Return the ``architecture`` entry in a model folder's plans.json, if it is one of ours."""
+def saved_architecture(
+    folder: str, configuration: str, network_class: str = SEGMENTER
+) -> dict[str, Any] | None:
+    """Return the ``architecture`` entry in a model folder's plans.json, if it is of that class."""
     path = Path(folder) / "plans.json"
     if not path.exists():
         return None
     entry = load_json(str(path))["configurations"].get(configuration, {}).get("architecture", {})
-    return entry if entry.get("network_class_name") == SEGMENTER else None
+    return entry if entry.get("network_class_name") == network_class else None
 
 
 def checkpoint_architecture(
-    filename_or_checkpoint: str | dict[str, Any], configuration: str
+    filename_or_checkpoint: str | dict[str, Any],
+    configuration: str,
+    network_class: str = SEGMENTER,
 ) -> dict[str, Any]:
     """Return the ``architecture`` entry with which a nnU-Net checkpoint was trained.
 
@@ -316,21 +345,24 @@ def checkpoint_architecture(
         filename_or_checkpoint: As nnU-Net passes it. The architecture is in the model folder's
             plans.json; only where that is missing is the file opened, without its tensors.
         configuration: Name of the configuration.
+        network_class: What the trainer that continues trains.
 
     Raises:
-        UserError: If it was not trained with one of our trainers.
+        UserError: If it was not trained with such a trainer.
     """
     content: Any = filename_or_checkpoint
     if isinstance(content, str | os.PathLike):
-        entry = saved_architecture(str(Path(content).parent.parent), configuration)
+        folder = str(Path(content).parent.parent)
+        entry = saved_architecture(folder, configuration, network_class)
         if entry is not None:
             return entry
         content = torch.load(content, map_location="cpu", mmap=True, weights_only=False)
     plans = content["init_args"]["plans"]
     entry = plans["configurations"].get(configuration, {}).get("architecture", {})
-    if entry.get("network_class_name") != SEGMENTER:
+    if entry.get("network_class_name") != network_class:
         raise UserError(
-            "the checkpoint must come from a MedDINOv3 trainer, but its plans describe "
-            f"{entry.get('network_class_name', 'no network')}: continue it with its own trainer."
+            f"the checkpoint must come from a trainer of {network_class.rpartition('.')[2]}, but "
+            f"its plans describe {entry.get('network_class_name', 'no network')}: continue it with "
+            "its own trainer."
         )
     return entry

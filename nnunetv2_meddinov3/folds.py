@@ -29,7 +29,13 @@ _BACKBONE = {
     "patch_size": "the side of the ViT's patches",
     "input_channels": "the input channels of the ViT",
 }
-_NETWORK = {"layers": "the blocks that the decoder reads"}
+_NETWORK = {
+    "layers": "the blocks that the decoder reads",
+    "copies": "the copies of the tokens",
+    "encoder": "the encoder",
+    "skip_in_ffn": "the skips in the feed-forward layers",
+    "input_scale": "the enlargement of the images",
+}
 _CONFIGURATION = {
     "patch_size": "the patch size",
     "spacing": "the spacing",
@@ -105,7 +111,7 @@ def differences_from_saved(fold: Fold, theirs: str = "the saved ones") -> list[s
         fold_0)``; none if the folder holds no plans of ours.
     """
     plans, folder, configuration = fold.plans, fold.folder, fold.configuration
-    saved = saved_architecture(folder, configuration)
+    saved = saved_architecture(folder, configuration, fold.entry["network_class_name"])
     if saved is None:
         return []
     told: dict[str, str] = {}
@@ -118,9 +124,10 @@ def differences_from_saved(fold: Fold, theirs: str = "the saved ones") -> list[s
                 told.setdefault(word, f"{word} ({name}{f': {values}' if len(values) < 90 else ''})")
 
     new, old = fold.entry["arch_kwargs"], saved["arch_kwargs"]
-    fields = differences(Architecture(**new["backbone"]), Architecture(**old["backbone"]))
-    ours, others = ({name: pair[n] for name, pair in fields.items()} for n in (0, 1))
-    compare({name: _BACKBONE[name] for name in sorted(fields)}, ours, others)
+    if "backbone" in new:
+        fields = differences(Architecture(**new["backbone"]), Architecture(**old["backbone"]))
+        ours, others = ({name: pair[n] for name, pair in fields.items()} for n in (0, 1))
+        compare({name: _BACKBONE[name] for name in sorted(fields)}, ours, others)
     compare(_NETWORK, new, old)
     old_plans = load_json(str(Path(folder) / "plans.json"))
     one, other = (PlansManager(p).get_configuration(configuration) for p in (plans, old_plans))

@@ -13,6 +13,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.architecture import SIZE_FIELDS, architecture_of, differences
 from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.formats import listing, parse_state_dict
+from nnunetv2_meddinov3.models.segmentation_network import ViTNetwork
 from nnunetv2_meddinov3.models.segmenter import Segmenter
 from nnunetv2_meddinov3.models.tensor_files import read_files
 from nnunetv2_meddinov3.models.weights import (
@@ -110,8 +111,8 @@ def build_segmenter(
     return network
 
 
-def load_into(network: Segmenter, tensors: dict[str, Tensor], *, image_channels: int) -> None:
-    """Copy backbone tensors into a segmenter, its stem made to fit the image channels.
+def load_into(network: ViTNetwork, tensors: dict[str, Tensor], *, image_channels: int) -> None:
+    """Copy backbone tensors into a network, its stem made to fit the image channels.
 
     Args:
         network: The target; channels beyond ``image_channels`` are cascade one-hot channels.

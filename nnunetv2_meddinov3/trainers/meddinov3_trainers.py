@@ -5,7 +5,7 @@ live here, because nnU-Net's search imports every module of this folder.
 """
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -17,8 +17,7 @@ from torch import nn
 from nnunetv2_meddinov3 import fine_tuning, folds, readiness
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
-from nnunetv2_meddinov3.models.segmenter import Segmenter
-from nnunetv2_meddinov3.models.weights import Checkpoint
+from nnunetv2_meddinov3.models.segmentation_network import Network
 from nnunetv2_meddinov3.settings import check_variables, checkpointing_setting, count_setting
 from nnunetv2_meddinov3.step_guard import StepGuard
 
@@ -33,11 +32,16 @@ class MedDINOv3Trainer(nnUNetTrainer):
     ``MEDDINOV3_WEIGHTS`` names other weights, ``MEDDINOV3_BACKBONE`` the size where there are none.
     """
 
+    network_class = fine_tuning.SEGMENTER
+    network_options: ClassVar[dict[str, Any]] = {}  # further arguments of that class
     weights = "hf:ricklisz123/MedDINOv3-ViTB-16-CT-3M/model.pth"
     weights_are_fixed = False
+    pretrained_part = "ViT"
     epochs = 1000
     decoder_lr = 3e-4
     vit_lr = 3e-5
+    decay = 5e-2
+    lr_exponent = 1.0  # of the decay of the learning rates
     layers: list[int] | str | None = None  # the end of every quarter: 2, 5, 8, 11 of 12
     drop_path = 0.2
     is_frozen = False
@@ -64,7 +68,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
                 f"the results folder (nnUNet_results) must be writable, but: {error}."
             ) from error
         self.initial_lr = self.decoder_lr
-        self.weight_decay = 5e-2
+        self.weight_decay = self.decay
         self.num_epochs = epochs or self.epochs
         if iterations is not None:
             self._set_iterations(iterations)
@@ -92,14 +96,14 @@ class MedDINOv3Trainer(nnUNetTrainer):
             super().initialize()  # which refuses
         readiness.check_trainer(self)
         file = None if self._resumed_architecture else fine_tuning.pretrained_file()
-        pretrained = None if file is None else fine_tuning.read_pretrained(file)
+        pretrained = None if file is None else self._read_pretrained(file)
         checkpoint = self._settle_architecture(pretrained)
         super().initialize()
         network = self._unwrapped_network()
         if pretrained is not None:
             fine_tuning.check_pretrained(pretrained, network)
         if checkpoint is not None:
-            load_into(network, checkpoint.tensors, image_channels=len(self._channel_names()))
+            self._load_weights(network, checkpoint, len(self._channel_names()))
         if network.autocast_dtype is torch.bfloat16:
             self.grad_scaler = None  # bf16 has the range of fp32
         fine_tuning.note_length(self.optimizer, self.num_epochs, self.num_iterations_per_epoch)
@@ -108,7 +112,36 @@ class MedDINOv3Trainer(nnUNetTrainer):
                 self.optimizer, self.loss, self.skipped_steps_limit, self._say_once
             )
 
-    def _settle_architecture(self, given: fine_tuning.Pretrained | None) -> Checkpoint | None:
+    def _read_pretrained(self, file: str) -> fine_tuning.Pretrained:
+        """Look at the file of ``-pretrained_weights``."""
+        return fine_tuning.read_pretrained(file)
+
+    def _choose_architecture(
+        self, given: fine_tuning.Pretrained | None
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the plans' ``architecture`` of a new run, and pretrained weights, if any."""
+        architecture, checkpoint = given.architecture if given else None, None
+        if architecture is None:
+            weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
+            architecture, checkpoint = fine_tuning.settle_backbone(weights)
+        channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        entry = fine_tuning.plans_entry(
+            architecture,
+            channels,
+            self.layers,
+            self.drop_path,
+            self.network_class,
+            **self.network_options,
+        )
+        return entry, checkpoint
+
+    def _load_weights(self, network: Any, checkpoint: Any, image_channels: int) -> None:
+        """Copy what ``_choose_architecture`` returned into the network."""
+        load_into(network, checkpoint.tensors, image_channels=image_channels)
+
+    def _settle_architecture(self, given: fine_tuning.Pretrained | None) -> Any:
         """Write the architecture into the plans; return the pretrained checkpoint, if any.
 
         Args:
@@ -122,22 +155,15 @@ class MedDINOv3Trainer(nnUNetTrainer):
                 self._say_once(f"The plans differ from the saved ones in {', '.join(differ)}.")
             self._set_architecture(entry)
             return None
-        architecture, checkpoint = given.architecture if given else None, None
-        if architecture is None:
-            weights = fine_tuning.chosen_weights(self.weights, self.weights_are_fixed)
-            architecture, checkpoint = fine_tuning.settle_backbone(weights)
-        channels = determine_num_input_channels(
-            self.plans_manager, self.configuration_manager, self.dataset_json
-        )
-        entry = fine_tuning.plans_entry(architecture, channels, self.layers, self.drop_path)
+        entry, checkpoint = self._choose_architecture(given)
         folds.check_other_folds(self._fold(entry))
         self._set_architecture(entry)
         if given is not None:
             self._say_once(f"The network starts from {given.file} (-pretrained_weights).")
         elif checkpoint is None:
-            self.print_to_log_file("The ViT starts from random weights.")
+            self.print_to_log_file(f"The {self.pretrained_part} starts from random weights.")
         elif self.local_rank == 0:
-            self.print_to_log_file(f"The ViT starts from {checkpoint.report()}.")
+            self.print_to_log_file(f"The {self.pretrained_part} starts from {checkpoint.report()}.")
             self.print_to_log_file(f"Licence of these weights: {checkpoint.licence}.")
             if said := fine_tuning.said_of_values(checkpoint.metadata, self._channel_names()):
                 self.print_to_log_file(said)
@@ -168,11 +194,13 @@ class MedDINOv3Trainer(nnUNetTrainer):
         if is_fresh:
             readiness.check_trainer(self)
             entry = fine_tuning.checkpoint_architecture(
-                filename_or_checkpoint, self.configuration_name
+                filename_or_checkpoint, self.configuration_name, self.network_class
             )
             self._resumed_architecture = deepcopy(entry)
-            if (told := checkpointing_setting()) is not None:
-                self._resumed_architecture["arch_kwargs"]["activation_checkpointing"] = told
+            arguments = self._resumed_architecture["arch_kwargs"]
+            told = checkpointing_setting()
+            if told is not None and "activation_checkpointing" in arguments:
+                arguments["activation_checkpointing"] = told
                 self._say_once(f"Activation checkpointing is {'on' if told else 'off'}.")
             self._settle_length(*fine_tuning.noted_length(filename_or_checkpoint))
         super().load_checkpoint(filename_or_checkpoint)
@@ -214,7 +242,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         Raises:
             UserError: If the plans were not written by one of these trainers.
         """
-        if configuration_manager.network_arch_class_name != fine_tuning.SEGMENTER:
+        if configuration_manager.network_arch_class_name not in fine_tuning.NETWORKS:
             raise UserError(
                 "the plans.json beside the model must be the one its training saved, but it "
                 f"describes {configuration_manager.network_arch_class_name}."
@@ -231,16 +259,22 @@ class MedDINOv3Trainer(nnUNetTrainer):
     def configure_optimizers(
         self,
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Return AdamW with a decoder and a ViT group, and their linear decay."""
-        network = self._unwrapped_network()
+        """Return an optimiser with a group for each learning rate, and their decay."""
+        optimizer = self._make_optimizer(self._parameter_groups(self._unwrapped_network()))
+        return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs, self.lr_exponent)
+
+    def _parameter_groups(self, network: Any) -> list[dict[str, Any]]:
+        """Return the decoder's group, and the ViT's where it is trained."""
         if self.is_frozen:
             network.backbone.requires_grad_(False)
         groups = [{"params": list(network.decoder.parameters()), "lr": self.decoder_lr}]
         vit = [p for p in network.backbone.parameters() if p.requires_grad]
         if vit:
             groups.append({"params": vit, "lr": self.vit_lr})
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay, betas=(0.9, 0.98))
-        return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs)
+        return groups
+
+    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, betas=(0.9, 0.98))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on a batch as nnU-Net does, but skip the step if loss or gradient is not finite.
@@ -278,7 +312,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
     def plot_network_architecture(self) -> None:
         """Do nothing: nnU-Net's plot needs a library that knows no transformer."""
 
-    def _unwrapped_network(self) -> Segmenter:
+    def _unwrapped_network(self) -> Network:
         """Return the network without the wrappers of DDP and torch.compile."""
         network: Any = getattr(self.network, "module", self.network)
         return getattr(network, "_orig_mod", network)
@@ -303,6 +337,16 @@ class MedDINOv3Trainer_singlescale(MedDINOv3Trainer):
     """Decode the last block's tokens only (the paper's ablation, table 1)."""
 
     layers = "last"
+
+
+class MedDINOv3Trainer_singlescale_matched(MedDINOv3Trainer_singlescale):
+    """Decode the last block's tokens with a decoder of the size that four blocks have.
+
+    A row that the paper's table 1 lacks: the decoder gets four copies of the tokens, so that it has
+    the same layers, parameters and compute, and only the depths that it sees are fewer.
+    """
+
+    network_options: ClassVar[dict[str, Any]] = {"copies": 4}
 
 
 class MedDINOv3Trainer_frozen(MedDINOv3Trainer):

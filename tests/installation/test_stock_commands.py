@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_meddinov3.discovery import TRAINERS
+
 pytestmark = pytest.mark.slow
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -163,3 +165,40 @@ def test_the_unmodified_recipe_runs_with_a_vit_base_in_the_released_format(
     assert network["drop_path"] == 0.2
     assert network["backbone"]["norm_eps"] == 1e-6
     assert network["backbone"]["qkv_bias"] is False
+
+
+# The stock commands of the one with larger images are those of the one it is derived from.
+BASELINES = [
+    name
+    for name, module in TRAINERS.items()
+    if module.endswith("baseline_trainers") and not name.endswith("_x4")
+]
+
+
+@pytest.fixture(scope="module")
+def ready(installed, tmp_path_factory):
+    """A desk with a planned and preprocessed dataset, for runs of two iterations."""
+    desk = Desk(
+        installed,
+        tmp_path_factory.mktemp("baselines"),
+        MEDDINOV3_WEIGHTS="none",
+        MEDDINOV3_BACKBONE="vit_tiny",
+        MEDDINOV3_EPOCHS="1",
+        MEDDINOV3_ITERATIONS="2",
+    )
+    desk.prepare(make_dataset(desk.root / "raw"), "64")
+    return desk
+
+
+@pytest.mark.parametrize("trainer", [*BASELINES, "MedDINOv3Trainer_singlescale_matched"])
+def test_each_baseline_trains_predicts_and_travels(trainer, ready, installed, tmp_path):
+    ready.train("701", "64", trainer=trainer)
+    images = next(ready.root.glob("raw/Dataset*/imagesTs"))
+    expected = ready.predict("701", "64", images, f"by_{trainer}", trainer=trainer)
+    assert expected
+    archive = tmp_path / "model.zip"
+    names = ("-d", "701", "-c", "2d_64", "-f", "0", "-tr", trainer, *PLANS)
+    ready("nnUNetv2_export_model_to_zip", "-o", str(archive), *names)
+    there = Desk(installed, tmp_path / "there")
+    there("nnUNetv2_install_pretrained_model_from_zip", str(archive))
+    assert there.predict("701", "64", images, "predicted", trainer=trainer) == expected
