@@ -59,6 +59,10 @@ VERBS = {
         "measure frozen features on labelled slices: k-NN, linear, linear segmentation",
         "nnunetv2_meddinov3.pretrain.probe.probe_cli:main",
     ),
+    "evaluate": Verb(
+        "measure predictions: Dice, surface Dice, HD95, with intervals and pictures",
+        "nnunetv2_meddinov3.evaluation.cli:main",
+    ),
     "weights": Verb(
         "inspect, convert or fetch the weights of a backbone",
         "nnunetv2_meddinov3.models.weights_cli:main",

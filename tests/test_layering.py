@@ -19,6 +19,7 @@ MAX_LINES = 400
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
 SHARED = {"errors", "files", "locks", "progress", "html", "signals", "raw_dataset", "settings"}
+SHARED |= {"processes", "case_names"}
 NNUNET_SIDE = {"trainers", "fine_tuning", "folds", "step_guard", "planning", "planning_cli"}
 NNUNET_SIDE |= {"preprocessed", "unet"}  # parts of planning
 MAY_IMPORT = {
@@ -50,7 +51,7 @@ MUST_NOT_IMPORT = {
 BY_NAME = {
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli")}
+        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli", "evaluation")}
         | {"nnunetv2.run", "nnunetv2.inference", "import_module(module_name)"},
         "a table of verbs, each imported only when it is asked for",
     ),
