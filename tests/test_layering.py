@@ -32,6 +32,7 @@ MAY_IMPORT = {
     **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness"}),
     "readiness": SHARED,
     "evaluation": SHARED,
+    "datasets": SHARED,
     "demo": SHARED | {"evaluation", "planning"},
     "discovery": SHARED | {"spelling"},
     "spelling": SHARED,
@@ -51,7 +52,7 @@ MUST_NOT_IMPORT = {
 BY_NAME = {
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli", "evaluation")}
+        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli", "evaluation", "datasets")}
         | {"nnunetv2.run", "nnunetv2.inference", "import_module(module_name)"},
         "a table of verbs, each imported only when it is asked for",
     ),
