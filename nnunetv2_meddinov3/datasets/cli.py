@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     target = arguments.output or os.environ.get("nnUNet_raw")
     if not target:
         raise UserError(
-            "nnUNet_raw must name the folder of raw datasets, but is unset (or say -o)."
+            "nnUNet_raw must name the folder of raw datasets, but is unset: or give -o."
         )
     # Imported here because `--help` need not wait for numpy and nibabel.
     from nnunetv2_meddinov3.datasets.convert import convert, find, named

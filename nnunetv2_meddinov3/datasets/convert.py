@@ -12,9 +12,9 @@ from typing import Any, TextIO
 import nibabel as nib
 import numpy as np
 
+from nnunetv2_meddinov3.datasets.affines import Verdict, judge
 from nnunetv2_meddinov3.datasets.archive import Member, members
 from nnunetv2_meddinov3.datasets.benchmarks import AMOS_SPELLINGS, Benchmark
-from nnunetv2_meddinov3.datasets.geometry import Verdict, judge
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.files import replacing, write_text
 from nnunetv2_meddinov3.progress import Progress

@@ -14,8 +14,8 @@ import pytest
 
 from nnunetv2_meddinov3.cli import main
 from nnunetv2_meddinov3.datasets import benchmarks
+from nnunetv2_meddinov3.datasets.affines import Verdict, judge
 from nnunetv2_meddinov3.datasets.convert import five_folds
-from nnunetv2_meddinov3.datasets.geometry import Verdict, judge
 from nnunetv2_meddinov3.errors import UserError
 
 AFFINE = np.array([[-0.8, 0, 0, 100], [0, 0.8, 0, -90], [0, 0, 2.5, -600], [0, 0, 0, 1.0]])
@@ -375,9 +375,7 @@ def test_another_dataset_with_the_layout_of_amos_is_refused(download, tmp_path):
     content = json.loads(path.read_text())
     content["labels"]["3"] = "spine"
     path.write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match=r"value 3 must be left_kidney in AMOS22, but .* says spine"
-    ):
+    with pytest.raises(UserError, match=r"value 3 must be left_kidney in AMOS22, .* says spine"):
         convert(tmp_path, "amos22", "--partial")
 
 
