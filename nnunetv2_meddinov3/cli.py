@@ -67,6 +67,10 @@ VERBS = {
         "measure predictions: Dice, surface Dice, HD95, with intervals and pictures",
         "nnunetv2_meddinov3.evaluation.cli:main",
     ),
+    "benchmark": Verb(
+        "compare methods by a recipe: plan, run and report the paper's tables and one's own",
+        "nnunetv2_meddinov3.benchmark.cli:main",
+    ),
     "weights": Verb(
         "inspect, convert or fetch the weights of a backbone",
         "nnunetv2_meddinov3.models.weights_cli:main",

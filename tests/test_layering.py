@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "datasets": SHARED,
+    "benchmark": SHARED | {"evaluation", "cli"},
     "demo": SHARED | {"evaluation", "planning"},
     "discovery": SHARED | {"spelling"},
     "spelling": SHARED,
@@ -52,7 +53,10 @@ MUST_NOT_IMPORT = {
 BY_NAME = {
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli", "evaluation", "datasets")}
+        | {
+            f"{OURS}.{name}"
+            for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")
+        }
         | {"nnunetv2.run", "nnunetv2.inference", "import_module(module_name)"},
         "a table of verbs, each imported only when it is asked for",
     ),
