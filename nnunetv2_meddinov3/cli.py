@@ -59,6 +59,18 @@ VERBS = {
         "measure frozen features on labelled slices: k-NN, linear, linear segmentation",
         "nnunetv2_meddinov3.pretrain.probe.probe_cli:main",
     ),
+    "dataset": Verb(
+        "make nnU-Net datasets of AMOS22, BTCV, KiTS23 and LiTS from their downloads",
+        "nnunetv2_meddinov3.datasets.cli:main",
+    ),
+    "evaluate": Verb(
+        "measure predictions: Dice, surface Dice, HD95, with intervals and pictures",
+        "nnunetv2_meddinov3.evaluation.cli:main",
+    ),
+    "benchmark": Verb(
+        "compare methods by a recipe: plan, run and report the paper's tables and one's own",
+        "nnunetv2_meddinov3.benchmark.cli:main",
+    ),
     "weights": Verb(
         "inspect, convert or fetch the weights of a backbone",
         "nnunetv2_meddinov3.models.weights_cli:main",

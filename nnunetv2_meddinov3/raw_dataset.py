@@ -100,12 +100,19 @@ def open_raw_dataset(folder: Path | str) -> RawDataset:
     Raises:
         UserError: If there is none, it cannot be read, or it is not as nnU-Net wants it.
     """
-    folder = Path(folder)
-    path = folder / "dataset.json"
+    return read_dataset_json(Path(folder) / "dataset.json")
+
+
+def read_dataset_json(path: Path) -> RawDataset:
+    """Read a dataset.json, whatever its name; its folder counts as the dataset's.
+
+    Raises:
+        UserError: As ``open_raw_dataset``.
+    """
     content = _read_json(path)
     if not _is_of_a_raw_dataset(content):
         raise UserError(f"{_WANTED}, but {path} lacks channel_names: add what is missing.")
-    return _checked(folder, content)
+    return _checked(path, content)
 
 
 def find_raw_dataset(folder: Path) -> RawDataset | None:
@@ -122,7 +129,7 @@ def find_raw_dataset(folder: Path) -> RawDataset | None:
     if not path.is_file():
         return None
     content = _read_json(path)
-    return _checked(folder, {**content, "labels": {}}) if _is_of_a_raw_dataset(content) else None
+    return _checked(path, {**content, "labels": {}}) if _is_of_a_raw_dataset(content) else None
 
 
 def _read_json(path: Path) -> Any:
@@ -138,12 +145,12 @@ def _is_of_a_raw_dataset(content: Any) -> bool:
     return isinstance(content, dict) and bool({"channel_names", "modality"} & content.keys())
 
 
-def _checked(folder: Path, content: dict[str, Any]) -> RawDataset:
+def _checked(path: Path, content: dict[str, Any]) -> RawDataset:
     try:
-        return _parse(folder, content)
+        return _parse(path.parent, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / 'dataset.json'} must have channel_names, labels and dataset as nnU-Net "
+            f"{path} must have channel_names, labels and dataset as nnU-Net "
             f"wants them, but has not ({type(error).__name__}: {first_line(error)})."
         ) from error
 

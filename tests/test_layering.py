@@ -19,6 +19,7 @@ MAX_LINES = 400
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
 SHARED = {"errors", "files", "locks", "progress", "html", "signals", "raw_dataset", "settings"}
+SHARED |= {"processes", "case_names"}
 NNUNET_SIDE = {"trainers", "fine_tuning", "folds", "step_guard", "planning", "planning_cli"}
 NNUNET_SIDE |= {"preprocessed", "unet"}  # parts of planning
 MAY_IMPORT = {
@@ -31,6 +32,8 @@ MAY_IMPORT = {
     **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness"}),
     "readiness": SHARED,
     "evaluation": SHARED,
+    "datasets": SHARED,
+    "benchmark": SHARED | {"evaluation", "cli"},
     "demo": SHARED | {"evaluation", "planning"},
     "discovery": SHARED | {"readiness", "spelling", "stock_commands", "stock_options"},
     "stock_commands": SHARED | {"readiness", "spelling", "stock_options"},
@@ -56,7 +59,10 @@ BY_NAME = {
     ),
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.{name}" for name in ("pretrain", "models", "cli")}
+        | {
+            f"{OURS}.{name}"
+            for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")
+        }
         | {"nnunetv2.run", "nnunetv2.inference", "import_module(module_name)"},
         "a table of verbs, each imported only when it is asked for",
     ),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,14 +12,13 @@ from typing import TYPE_CHECKING
 from nnunetv2_meddinov3.curate.ingest import Job, Outcome, ingest, skipped
 from nnunetv2_meddinov3.curate.volume import VolumeSource
 from nnunetv2_meddinov3.errors import UserError, first_line
-from nnunetv2_meddinov3.signals import Stop, leave_stopping_to_the_parent
+from nnunetv2_meddinov3.processes import one_thread_each, prepare_worker
+from nnunetv2_meddinov3.signals import Stop
 
 if TYPE_CHECKING:
     from distributed import Client
     from distributed import Future as DaskFuture
 
-# One thread each: the processes share the cores, and thread pools would fight over them.
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _POLL_SECONDS = 0.5  # how soon a signal is noticed while all processes are busy
 
 
@@ -63,7 +58,7 @@ def _run_pool(
                 if (source := next(sources, None)) is None:
                     break
                 try:
-                    with _environment(dict.fromkeys(_ONE_THREAD, "1")):  # may start a process
+                    with one_thread_each():  # may start a process
                         flying[pool.submit(_ingest_in_worker, source)] = source
                 except BrokenProcessPool:
                     return [*flying.values(), source]
@@ -85,36 +80,12 @@ _job: Job | None = None  # of this worker process
 def _prepare_worker(job: Job) -> None:
     global _job
     _job = job
-    leave_stopping_to_the_parent()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End a worker whose parent was killed: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    prepare_worker()
 
 
 def _ingest_in_worker(source: VolumeSource) -> Outcome:
     assert _job is not None
     return ingest(source, _job)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def run_on_dask(

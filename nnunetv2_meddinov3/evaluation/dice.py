@@ -5,8 +5,6 @@ Only files are read, so the numbers are those of what ``nnUNetv2_predict`` left 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.evaluation.label_maps import check_pair, read_label_map, reader_for
 from nnunetv2_meddinov3.raw_dataset import RawDataset
 
 DiceTable = dict[str, dict[str, float]]
@@ -47,7 +46,7 @@ def dice_per_label(prediction_folder: Path, label_folder: Path, dataset: RawData
             f"There must be predictions to measure, but {prediction_folder} holds no "
             f"*{dataset.ending} file; run nnUNetv2_predict with this folder as -o."
         )
-    reader = _reader_of(dataset, paths[0])
+    reader = reader_for(dataset, paths[0])
     regions = list(dataset.labels.values())
     table: DiceTable = {}
     # One case after the other: nnU-Net's own loop starts processes, each of which imports torch.
@@ -68,46 +67,15 @@ class _Pair(dict[str, np.ndarray]):
         return self[path], {}
 
 
-def _reader_of(dataset: RawDataset, example: Path) -> Any:
-    """Return the reader that nnU-Net chooses for a dataset's files."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    chosen = dataset.reader or "None"  # nnU-Net's own way of saying that none is
-    facts = {"file_ending": dataset.ending, "overwrite_image_reader_writer": chosen}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints the traceback of each attempt
-            return determine_reader_writer_from_dataset_json(facts, str(example), verbose=False)()
-    except RuntimeError as error:
-        raise UserError(
-            f"{example} must be an image that one of nnU-Net's readers for {dataset.ending} files "
-            "opens, but none does; predict it again."
-        ) from error
-
-
 def _read_pair(reader: Any, prediction: Path, reference: Path) -> _Pair:
     if not reference.is_file():
         raise UserError(
             f"Every prediction needs its reference, but {reference} does not exist; give the "
             "folder with the labels of the predicted cases."
         )
-    pair = _Pair({str(path): _read(reader, path) for path in (reference, prediction)})
-    shapes = {path: voxels.shape[1:] for path, voxels in pair.items()}
-    if len(set(shapes.values())) > 1:
-        raise UserError(
-            f"A prediction must have the shape of its reference, but {prediction} has "
-            f"{shapes[str(prediction)]} and {reference} has {shapes[str(reference)]} voxels along "
-            "(z, y, x); predict the images that belong to these labels."
-        )
-    return pair
-
-
-def _read(reader: Any, path: Path) -> np.ndarray:
-    try:
-        return reader.read_seg(str(path))[0]
-    except Exception as error:  # each reader raises what its library does
-        raise UserError(
-            f"{path} must be an image that {type(reader).__name__} reads, but: {first_line(error)}."
-        ) from error
+    maps = {path: read_label_map(reader, path) for path in (reference, prediction)}
+    check_pair(maps[prediction], maps[reference], (prediction, reference))
+    return _Pair({str(path): found.array[None] for path, found in maps.items()})
 
 
 def mean_dice(table: DiceTable) -> dict[str, float]:

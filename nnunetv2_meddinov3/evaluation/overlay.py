@@ -47,17 +47,13 @@ def save_overlay(
         UserError: If an image cannot be read or the picture cannot be written.
     """
     cases = list(table)[:MAX_CASES]
-    labels = dataset.labels
-    palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "gist_ncar"]
-    spread = range(len(labels)) if len(labels) <= 10 else np.linspace(0.05, 0.95, len(labels))
-    colours = {name: to_hex(palette(at)) for name, at in zip(labels, spread, strict=True)}
-    is_ct = next(iter(dataset.channel_names.values())).casefold() == "ct"
+    labels, colours, is_ct = dataset.labels, label_colours(dataset), shows_ct(dataset)
 
     figure = Figure(figsize=(9, 4.2 * len(cases) + 0.7), layout="constrained", facecolor="white")
     for case, axes in zip(cases, figure.subplots(len(cases), 2, squeeze=False), strict=True):
         file_name = case + dataset.ending
         image, reference, prediction = (
-            _upright(read_image(file))
+            upright(read_image(file))
             for file in (
                 images[case],
                 Path(label_folder) / file_name,
@@ -70,8 +66,8 @@ def save_overlay(
             (axes[0], reference, f"{case}, slice {index}: reference"),
             (axes[1], prediction, f"prediction, mean Dice of the case {mean}"),
         ):
-            _draw_grey(axis, image, index, is_ct)
-            _draw_contours(axis, voxels(label_map)[index], labels, colours)
+            draw_grey(axis, image, index, is_ct)
+            draw_contours(axis, voxels(label_map)[index], labels, colours)
             axis.set_title(title, fontsize=9)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
     figure.legend(
@@ -79,6 +75,19 @@ def save_overlay(
     )
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
+
+
+def label_colours(dataset: RawDataset) -> dict[str, str]:
+    """Return label -> colour as ``#rrggbb``, as different as their number allows."""
+    names = list(dataset.labels)
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "gist_ncar"]
+    spread = range(len(names)) if len(names) <= 10 else np.linspace(0.05, 0.95, len(names))
+    return {name: to_hex(palette(at)) for name, at in zip(names, spread, strict=True)}
+
+
+def shows_ct(dataset: RawDataset) -> bool:
+    """Return whether the first channel, which is drawn, is CT."""
+    return next(iter(dataset.channel_names.values())).casefold() == "ct"
 
 
 def read_image(path: Path) -> sitk.Image:
@@ -103,7 +112,7 @@ def voxels(image: sitk.Image) -> np.ndarray:
     return array if array.ndim == 3 else array[None]
 
 
-def _upright(image: sitk.Image) -> sitk.Image:
+def upright(image: sitk.Image) -> sitk.Image:
     """Volumes as LPS: a slice then shows the front above and the patient's right at the left."""
     return sitk.DICOMOrient(image, "LPS") if image.GetDimension() == 3 else image
 
@@ -113,7 +122,8 @@ def _busiest_slice(label_map: np.ndarray, labels: Labels) -> int:
     return int(np.lexsort((areas.sum(axis=0), (areas > 0).sum(axis=0)))[-1])
 
 
-def _draw_grey(axis: Axes, image: sitk.Image, index: int, is_ct: bool) -> None:
+def draw_grey(axis: Axes, image: sitk.Image, index: int, is_ct: bool) -> None:
+    """Draw a slice of an image in grey."""
     grey = voxels(image)[index]
     if is_ct:
         level, width = ABDOMEN_WINDOW_HU
@@ -125,7 +135,10 @@ def _draw_grey(axis: Axes, image: sitk.Image, index: int, is_ct: bool) -> None:
     axis.set_axis_off()
 
 
-def _draw_contours(axis: Axes, label_map: np.ndarray, labels: Labels, colours: Mapping) -> None:
+def draw_contours(
+    axis: Axes, label_map: np.ndarray, labels: Labels, colours: Mapping[str, str]
+) -> None:
+    """Draw the outline of each label on a slice (y, x)."""
     for name, values in labels.items():
         mask = np.isin(label_map, values)
         if mask.any() and not mask.all():

@@ -1,0 +1,1 @@
+"""Recipes of comparisons: what is trained on what, run to the end, and the report of it."""

@@ -1,0 +1,190 @@
+"""The jobs of a recipe: what is run for each training, where, and what is done already."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_meddinov3.benchmark.recipe import ALL, Budget, Dataset, Method, Recipe
+from nnunetv2_meddinov3.files import write_text
+
+STATE = "job.json"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and the variables that it gets besides those of this process."""
+
+    arguments: tuple[str, ...]
+    variables: dict[str, str]
+
+    def __str__(self) -> str:
+        variables = "".join(f"{name}={value} " for name, value in self.variables.items())
+        return variables + " ".join(_shown(part) for part in self.arguments)
+
+
+def _shown(part: str) -> str:
+    return "python" if part == sys.executable else part
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Planning and preprocessing of a dataset for one configuration."""
+
+    dataset: Dataset
+    method: Method
+
+    @property
+    def name(self) -> str:
+        """Unique within a recipe."""
+        return f"{self.dataset.name}__{self.method.plans}__{self.method.configuration}"
+
+    def command(self) -> Command:
+        """Return nnU-Net's command."""
+        size = {"MEDDINOV3_SIZE": self.method.size} if self.method.size else {}
+        if self.method.backbone:
+            size["MEDDINOV3_BACKBONE"] = self.method.backbone
+        arguments = ["nnUNetv2_plan_and_preprocess", "-d", self.dataset.number]
+        arguments += ["-pl", self.method.planner, "-c", self.method.configuration]
+        if self.method.planner not in ("MedDINOv3Planner", "ExperimentPlanner"):
+            arguments += ["-overwrite_plans_name", self.method.plans]
+        return Command(tuple(arguments), size)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with its prediction and evaluation.
+
+    Attributes:
+        dataset: What is trained on.
+        method: What is trained.
+        budget: How long.
+        fold: Of nnU-Net.
+        seed: Of the run.
+        cases: Number of training cases; None for all.
+        checkpoint: Which checkpoint predicts.
+    """
+
+    dataset: Dataset
+    method: Method
+    budget: Budget
+    fold: int
+    seed: int
+    cases: int | None
+    checkpoint: str
+
+    @property
+    def name(self) -> str:
+        """Unique within a recipe; names its folder."""
+        parts = [self.dataset.name, self.method.name, self.budget.name, self.cases_text]
+        words = [re.sub(r"\W+", "-", part).strip("-") for part in parts]
+        return "__".join([*words, f"fold{self.fold}", f"seed{self.seed}"])
+
+    @property
+    def cases_text(self) -> str:
+        """``"20"``, or ``"all"``."""
+        return ALL if self.cases is None else str(self.cases)
+
+    def folder(self, out: Path) -> Path:
+        """Return where its results go."""
+        return out / "jobs" / self.name
+
+    def model_folder(self, out: Path) -> Path:
+        """Return nnU-Net's folder of the trained model."""
+        name = f"{self.method.trainer}__{self.method.plans}__{self.method.configuration}"
+        return self.folder(out) / "results" / self.dataset.name / name
+
+    def fold_text(self, folds: dict[str, int]) -> str:
+        """Return the fold of ``splits_final.json`` that has the cases of this job."""
+        return str(folds[f"{self.fold}/{self.cases_text}"])
+
+
+def preparations(recipe: Recipe) -> list[Preparation]:
+    """Return what must be planned and preprocessed, each once."""
+    found: dict[str, Preparation] = {}
+    for dataset in recipe.datasets:
+        for method in recipe.methods:
+            preparation = Preparation(dataset, method)
+            found.setdefault(preparation.name, preparation)
+    return list(found.values())
+
+
+def jobs(recipe: Recipe) -> list[Job]:
+    """Return all jobs; those of the first budget come first, as others need their times.
+
+    Seeds are the outermost of the loops within a budget, so that a run that is cut short has
+    compared all methods.
+    """
+    return list(_jobs(recipe))
+
+
+def _jobs(recipe: Recipe) -> Iterator[Job]:
+    few = recipe.few_cases
+    for budget in recipe.budgets:
+        for seed in recipe.seeds:
+            for dataset in recipe.datasets:
+                for fold in recipe.folds:
+                    for method in recipe.methods:
+                        yield Job(dataset, method, budget, fold, seed, None, recipe.checkpoint)
+                        if few and method.name in few.methods and budget.name in few.budgets:
+                            for number in few.numbers:
+                                yield Job(
+                                    dataset, method, budget, fold, seed, number, recipe.checkpoint
+                                )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what is known of a job: ``{}`` before its first run."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def write_state(folder: Path, **state: Any) -> None:
+    """Write what is known of a job.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    write_text(folder / STATE, f"{json.dumps(state, indent=1)}\n")
+
+
+def seconds_per_epoch(log: str) -> float | None:
+    """Return the median time of an epoch in a training log of nnU-Net's, the first left out.
+
+    Args:
+        log: Text of ``training_log_*.txt``.
+    """
+    times = [float(t) for t in re.findall(r"Epoch time: ([\d.]+) s", log)]
+    times = sorted(times[1:] or times)
+    return times[len(times) // 2] if times else None
+
+
+def with_few_cases(
+    splits: Sequence[dict[str, list[str]]], recipe: Recipe
+) -> tuple[list[dict[str, list[str]]], dict[str, int]]:
+    """Return splits with a fold for each number of cases, and ``"fold/cases"`` -> its index.
+
+    The few are the first of a fold's training cases in an order that hashing gives: each smaller
+    set is part of the larger.
+    """
+    import hashlib
+
+    wanted = recipe.few_cases.numbers if recipe.few_cases else []
+    folds = [dict(fold) for fold in splits]
+    index = {f"{fold}/{ALL}": fold for fold in recipe.folds}
+    for fold in recipe.folds:
+        order = sorted(
+            splits[fold]["train"], key=lambda case: hashlib.sha256(case.encode()).hexdigest()
+        )
+        for number in wanted:
+            index[f"{fold}/{number}"] = len(folds)
+            folds.append({"train": sorted(order[:number]), "val": list(splits[fold]["val"])})
+    return folds, index

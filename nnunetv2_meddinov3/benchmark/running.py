@@ -1,0 +1,332 @@
+"""Runs a recipe here: prepares, trains, predicts and measures; finished work is not repeated."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import Queue
+from typing import TextIO
+
+from nnunetv2_meddinov3.benchmark.jobs import (
+    Command,
+    Job,
+    Preparation,
+    jobs,
+    preparations,
+    read_state,
+    seconds_per_epoch,
+    with_few_cases,
+    write_state,
+)
+from nnunetv2_meddinov3.benchmark.recipe import Dataset, Recipe
+from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.files import write_text
+from nnunetv2_meddinov3.locks import locked
+from nnunetv2_meddinov3.progress import Progress
+
+FOLDS = "benchmark_folds.json"
+_TAIL = 12  # lines of a failed command's log
+
+
+def check_folders() -> dict[str, Path]:
+    """Return nnU-Net's folders.
+
+    Raises:
+        UserError: If a variable is unset.
+    """
+    found = {}
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        value = os.environ.get(name)
+        if not value:
+            raise UserError(f"{name} must name a folder, as for every command of nnU-Net.")
+        found[name] = Path(value)
+    return found
+
+
+def prepare(recipe: Recipe, out: Path, stream: TextIO | None = None) -> None:
+    """Plan and preprocess every dataset, and write its folds.
+
+    Raises:
+        UserError: If a raw dataset is missing or a command fails.
+    """
+    folders = check_folders()
+    for dataset in recipe.datasets:
+        if not (folders["nnUNet_raw"] / dataset.name / "dataset.json").is_file():
+            raise UserError(
+                f"{folders['nnUNet_raw'] / dataset.name} must be a raw dataset of nnU-Net, but has "
+                "no dataset.json: `meddinov3 dataset --help` says how to make the paper's."
+            )
+    wanted = preparations(recipe)
+    with Progress(len(wanted), "configurations", title="prepare", stream=stream) as progress:
+        for preparation in wanted:
+            _prepare_one(preparation, out)
+            progress.advance(preparation.name)
+    for dataset in recipe.datasets:
+        _write_folds(recipe, dataset, folders)
+
+
+def _prepare_one(preparation: Preparation, out: Path) -> None:
+    folder = out / "prepared" / preparation.name
+    with locked(folder, print):
+        if read_state(folder).get("done"):
+            return
+        seconds = run_logged(preparation.command(), folder / "log.txt")
+        write_state(folder, done=True, seconds=seconds)
+
+
+def _write_folds(recipe: Recipe, dataset: Dataset, folders: Mapping[str, Path]) -> None:
+    """Write splits_final.json with the folds of few cases, unless it has them already."""
+    place = folders["nnUNet_preprocessed"] / dataset.name
+    raw = folders["nnUNet_raw"] / dataset.name
+    splits_file = place / "splits_final.json"
+    own = raw / "splits_final.json"
+    if dataset.splits and not own.is_file():
+        raise UserError(f"{own} must give the folds of {dataset.name}, but there is none.")
+    if dataset.splits:
+        base = json.loads(own.read_text(encoding="utf-8"))
+    elif splits_file.is_file():
+        base = json.loads(splits_file.read_text(encoding="utf-8"))[:5]
+    else:
+        from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+        from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
+
+        cases = sorted(open_raw_dataset(raw).images())
+        found = generate_crossval_split(cases, seed=12345, n_splits=5)
+        base = [{part: list(map(str, fold[part])) for part in ("train", "val")} for fold in found]
+    folds, index = with_few_cases(base, recipe)
+    write_text(splits_file, f"{json.dumps(folds, indent=1)}\n")
+    write_text(place / FOLDS, f"{json.dumps(index, indent=1)}\n")
+
+
+def run_logged(command: Command, log: Path) -> float:
+    """Run a command with its output in a log, and return the seconds it took.
+
+    Raises:
+        UserError: If it fails, with the last lines of the log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = list(command.arguments)
+    found = shutil.which(arguments[0], path=str(Path(sys.executable).parent))
+    arguments[0] = found or shutil.which(arguments[0]) or arguments[0]
+    start = time.monotonic()
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {command}\n")
+        file.flush()
+        try:
+            done = subprocess.run(
+                arguments,
+                env=os.environ | command.variables,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        except OSError as error:
+            raise UserError(f"{command.arguments[0]} must be installed, but: {error}.") from error
+    if done.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        raise UserError(
+            f"`{command}` failed with exit code {done.returncode}; its log is {log}:\n"
+            + "\n".join(f"  | {line}" for line in lines)
+        )
+    return time.monotonic() - start
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    only: Sequence[int] | None = None,
+    slots: Sequence[Mapping[str, str]] = ({},),
+    device: str = "cuda",
+    retry: bool = False,
+    stream: TextIO | None = None,
+) -> list[str]:
+    """Run the jobs of a recipe that are not done; failed ones are noted and do not stop others.
+
+    Args:
+        recipe: The comparison; ``prepare`` was run.
+        out: Folder of its results.
+        only: Numbers of jobs; all by default.
+        slots: Variables of each place where a job can run, such as ``CUDA_VISIBLE_DEVICES``.
+        device: nnU-Net's ``-device``.
+        retry: Whether jobs that failed before are run again.
+        stream: Where progress goes.
+
+    Returns:
+        What went wrong, a sentence per failed job.
+    """
+    every = jobs(recipe)
+    wanted = every if only is None else [every[number] for number in only]
+    failures: list[str] = []
+    # A budget in minutes needs the times of the first budget's jobs: one after the other.
+    with Progress(len(wanted), "jobs", title=recipe.name, stream=stream) as progress:
+        for budget in recipe.budgets:
+            part = [job for job in wanted if job.budget.name == budget.name]
+            free: Queue[Mapping[str, str]] = Queue()
+            for slot in slots:
+                free.put(slot)
+            with ThreadPoolExecutor(len(slots)) as pool:
+                futures = [
+                    pool.submit(_in_slot, job, recipe, out, free, device, retry) for job in part
+                ]
+                for future in as_completed(futures):
+                    name, wrong = future.result()
+                    if wrong:
+                        failures.append(f"{name}: {wrong}")
+                        progress.say(f"failed: {name}: {wrong.splitlines()[0]}")
+                    progress.advance(name)
+    return failures
+
+
+def _in_slot(
+    job: Job, recipe: Recipe, out: Path, free: Queue[Mapping[str, str]], device: str, retry: bool
+) -> tuple[str, str]:
+    slot = free.get()
+    try:
+        folder = job.folder(out)
+        with locked(folder, print):
+            state = read_state(folder)
+            if state.get("done"):
+                return job.name, ""
+            if "failed" in state and not retry:
+                return job.name, f"it failed before (--retry runs it again): {state['failed']}"
+            try:
+                _run_job(job, recipe, out, slot, device)
+            except UserError as error:
+                write_state(folder, failed=str(error))
+                return job.name, str(error)
+    except UserError as error:  # another process has it
+        return job.name, str(error)
+    finally:
+        free.put(slot)
+    return job.name, ""
+
+
+def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], device: str) -> None:
+    folder = job.folder(out)
+    epochs, iterations = _length(job, recipe, out)
+    variables = _variables(job, out, epochs, iterations) | dict(slot)
+    folds = _folds(job)
+    fold = job.fold_text(folds)
+    seconds = _train(job, out, fold, variables, device)
+    predictions = _predictions(job, out, fold, variables, device)
+    raw = check_folders()["nnUNet_raw"] / job.dataset.name
+    part = "labelsTs" if job.dataset.evaluate_on == "test" else "labelsTr"
+    measured = ["evaluate", str(predictions), str(raw / part), "-o", str(folder / "evaluation")]
+    measured += ["--dataset-json", str(raw / "dataset.json"), "-np", "1"]
+    measured += ["--tolerance", str(job.dataset.tolerance), "--empty", job.dataset.empty]
+    if job.dataset.evaluate_on == "validation":
+        measured += ["--missing", "skip"]  # the folder of labels has the training cases too
+    for option, value in (
+        ("--tolerances", job.dataset.tolerances),
+        ("--patients", job.dataset.patients),
+    ):
+        measured += [option, value] if value else []
+    run_logged(
+        Command((sys.executable, "-m", "nnunetv2_meddinov3", *measured), {}),
+        folder / "evaluate.txt",
+    )
+    state = read_state(folder)
+    write_state(
+        folder,
+        done=True,
+        training_seconds=seconds + state.get("training_seconds", 0.0),
+        seconds_per_epoch=_epoch_time(job, out, fold),
+        epochs=epochs,
+        iterations=iterations,
+    )
+
+
+def _folds(job: Job) -> dict[str, int]:
+    place = check_folders()["nnUNet_preprocessed"] / job.dataset.name / FOLDS
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{place} must give the folds of {job.dataset.name}: run `meddinov3 benchmark run` "
+            "with --prepare first."
+        ) from error
+
+
+def _length(job: Job, recipe: Recipe, out: Path) -> tuple[int | None, int | None]:
+    """Return epochs and iterations of a job; those of a budget in minutes come from its times."""
+    budget = job.budget
+    if budget.minutes is None:
+        return budget.epochs, budget.iterations
+    first = recipe.budgets[0]
+    peers = [
+        other
+        for other in jobs(recipe)
+        if (other.budget.name, other.method.name, other.dataset.name, other.cases)
+        == (first.name, job.method.name, job.dataset.name, None)
+    ]
+    times = sorted(
+        time for peer in peers if (time := read_state(peer.folder(out)).get("seconds_per_epoch"))
+    )
+    if not times:
+        raise UserError(
+            f"{job.method.name} must have a finished job of the budget {first.name!r} on "
+            f"{job.dataset.name}, whose time per epoch gives the number of epochs of "
+            f"{budget.minutes:g} minutes, but has none: run those jobs first."
+        )
+    median = times[len(times) // 2]
+    return max(1, math.floor(budget.minutes * 60 / median)), first.iterations
+
+
+def _variables(job: Job, out: Path, epochs: int | None, iterations: int | None) -> dict[str, str]:
+    weights = job.method.weights
+    chosen = {
+        "nnUNet_results": str(job.folder(out) / "results"),
+        "MEDDINOV3_EPOCHS": "" if epochs is None else str(epochs),
+        "MEDDINOV3_ITERATIONS": "" if iterations is None else str(iterations),
+        "MEDDINOV3_BACKBONE": job.method.backbone or "",
+        "MEDDINOV3_WEIGHTS": (weights or "").replace("{dataset}", job.dataset.name),
+    }
+    return {name: value for name, value in chosen.items() if value}
+
+
+def _train(job: Job, out: Path, fold: str, variables: dict[str, str], device: str) -> float:
+    """Train, or go on where a training was stopped; return the seconds of this run."""
+    place = job.model_folder(out) / f"fold_{fold}"
+    if (place / "checkpoint_final.pth").is_file():
+        return 0.0
+    arguments = [job.dataset.number, job.method.configuration, fold, "-tr", job.method.trainer]
+    arguments += ["-p", job.method.plans, "-device", device]
+    if (place / "checkpoint_latest.pth").is_file():
+        arguments.append("--c")
+    if job.checkpoint == "best":
+        arguments.append("--val_best")
+    seeded = (sys.executable, "-m", "nnunetv2_meddinov3.benchmark.seeded", str(job.seed))
+    command = Command((*seeded, "nnUNetv2_train", *arguments), variables)
+    return run_logged(command, job.folder(out) / "train.txt")
+
+
+def _predictions(job: Job, out: Path, fold: str, variables: dict[str, str], device: str) -> Path:
+    place = job.model_folder(out) / f"fold_{fold}"
+    if job.dataset.evaluate_on == "validation":
+        return place / "validation"
+    raw = check_folders()["nnUNet_raw"] / job.dataset.name
+    target = job.folder(out) / "predictions"
+    arguments = ["-i", str(raw / "imagesTs"), "-o", str(target), "-d", job.dataset.number]
+    arguments += ["-c", job.method.configuration, "-f", fold, "-tr", job.method.trainer]
+    arguments += ["-p", job.method.plans, "-device", device, "--continue_prediction"]
+    arguments += ["-npp", "1", "-nps", "1", "-chk", f"checkpoint_{job.checkpoint}.pth"]
+    run_logged(
+        Command(("nnUNetv2_predict", *arguments), variables), job.folder(out) / "predict.txt"
+    )
+    return target
+
+
+def _epoch_time(job: Job, out: Path, fold: str) -> float | None:
+    logs = sorted((job.model_folder(out) / f"fold_{fold}").glob("training_log_*.txt"))
+    return seconds_per_epoch("\n".join(log.read_text(encoding="utf-8") for log in logs))

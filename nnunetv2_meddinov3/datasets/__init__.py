@@ -1,0 +1,1 @@
+"""The paper's benchmarks as downloaded, made into raw datasets of nnU-Net."""

@@ -1,0 +1,283 @@
+"""``meddinov3 benchmark`` as users run it."""
+
+import csv
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import yaml
+
+from nnunetv2_meddinov3.benchmark import running
+from nnunetv2_meddinov3.benchmark.jobs import jobs, read_state
+from nnunetv2_meddinov3.benchmark.recipe import load_recipe
+from nnunetv2_meddinov3.cli import main
+from nnunetv2_meddinov3.errors import UserError
+
+pytest.importorskip("monai", reason="needs the extra benchmark (MONAI)")
+
+RECIPE = {
+    "name": "try",
+    "title": "A comparison of two",
+    "datasets": [{"name": "Dataset701_Discs", "evaluate_on": "test", "patients": r"case_(\d+)"}],
+    "methods": [
+        {
+            "name": name,
+            "trainer": trainer,
+            "configuration": "2d_64",
+            "backbone": "vit_tiny",
+        }
+        for name, trainer in (("one", "MedDINOv3Trainer_scratch"), ("two", "MedDINOv3Trainer_demo"))
+    ],
+    "budgets": [
+        {"name": "equal iterations", "epochs": 2, "iterations": 2},
+        {"name": "equal time", "minutes": 0.05},
+    ],
+    "few_cases": {"numbers": [2], "methods": ["one"], "budgets": ["equal iterations"]},
+    "reference": "one",
+    "published": {"Dataset701_Discs": {"two": {"dsc": 91.5}, "three": {"dsc": 80.0, "nsd": 70.0}}},
+    "differences": ["They used other discs."],
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """nnU-Net's folders with a raw dataset of eight cases, and a recipe."""
+    folder = tmp_path / "raw" / "Dataset701_Discs"
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :48]
+    for case in range(8):
+        split = "Tr" if case < 6 else "Ts"
+        disc = (y - rng.integers(15, 25)) ** 2 + (x - rng.integers(15, 30)) ** 2 < 80
+        label = np.repeat(disc[None], 3, axis=0).astype(np.uint8)
+        ct = (rng.normal(-50, 30, label.shape) + 200 * label).astype(np.int16)
+        for array, part, ending in ((ct, "images", "_0000"), (label, "labels", "")):
+            path = folder / f"{part}{split}" / f"case_{case}{ending}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = sitk.GetImageFromArray(array)
+            image.SetSpacing((0.8, 0.8, 3.0))
+            sitk.WriteImage(image, str(path))
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "disc": 1}}
+    content |= {"numTraining": 6, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    for name in ("raw", "preprocessed"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def benchmark(place, verb, *more):
+    command = ["benchmark", verb, place / "recipe.yaml", "-o", place / "out", *more]
+    return main([str(part) for part in command])
+
+
+def fake(commands, fail=lambda command: False):
+    """A stand-in for running commands, which leaves the files that they would leave."""
+
+    def run_logged(command, log):
+        commands.append(command)
+        if fail(command):
+            raise UserError(f"`{command}` failed with exit code 1; its log is {log}")
+        arguments = list(command.arguments)
+        if "nnUNetv2_plan_and_preprocess" in arguments:
+            preprocessed = running.check_folders()["nnUNet_preprocessed"]
+            (preprocessed / "Dataset701_Discs").mkdir(parents=True)
+        elif "nnUNetv2_train" in arguments:
+            given = arguments[arguments.index("nnUNetv2_train") + 1 :]
+            _, config, fold, _, trainer, _, plans = given[:7]
+            results = running.Path(command.variables["nnUNet_results"])
+            folder = results / "Dataset701_Discs" / f"{trainer}__{plans}__{config}" / f"fold_{fold}"
+            folder.mkdir(parents=True)
+            (folder / "checkpoint_final.pth").touch()
+            (folder / "training_log_1.txt").write_text("Epoch time: 9 s\nEpoch time: 1.5 s\n")
+        elif "evaluate" in arguments:
+            out = running.Path(arguments[arguments.index("-o") + 1])
+            seed = len(str(out)) % 7
+            rows = [
+                f"case_{n},disc,1,{0.5 + 0.05 * n + 0.01 * seed},0.5,0.6,2.5,0.1,10,11,1,"
+                for n in range(6, 8)
+            ]
+            head = "case,label,label_value,dice,nsd_voxel,nsd_surface,hd95,volume_error,"
+            head += "volume_prediction,volume_reference,tolerance,empty"
+            out.mkdir(parents=True)
+            (out / "cases.csv").write_text("\n".join([head, *rows, ""]))
+        return 3.0
+
+    return run_logged
+
+
+def run_faked(place, monkeypatch, *more, fail=lambda command: False):
+    commands = []
+    monkeypatch.setattr(running, "run_logged", fake(commands, fail))
+    return benchmark(place, "run", "-device", "cpu", *more), commands
+
+
+def trained(commands):
+    return [command for command in commands if "nnUNetv2_train" in command.arguments]
+
+
+def test_a_plan_prints_every_command_and_what_is_left(place, capsys):
+    assert benchmark(place, "plan") == 0
+    said = capsys.readouterr().out
+    assert "MEDDINOV3_SIZE=64 MEDDINOV3_BACKBONE=vit_tiny nnUNetv2_plan_and_preprocess" in said
+    assert said.count("nnUNetv2_train 701 2d_64") == 5
+    assert "0/2 -tr MedDINOv3Trainer_scratch" in said
+    assert "# seed 0  # for 0.05 minutes" in said
+    assert "Done: 0, failed: 0, to do: 5." in said
+    assert "Without an estimate until one is done: one (2 jobs), two (1 jobs)." in said
+
+
+def test_work_that_is_done_is_not_repeated(place, monkeypatch, capsys):
+    code, commands = run_faked(place, monkeypatch)
+    assert code == 0
+    assert len(trained(commands)) == 5
+    (prepared,) = (c for c in commands if "nnUNetv2_plan_and_preprocess" in c.arguments)
+    assert prepared.arguments[:3] == ("nnUNetv2_plan_and_preprocess", "-d", "701")
+    folds = json.loads((place / "preprocessed/Dataset701_Discs/splits_final.json").read_text())
+    assert [len(fold["train"]) for fold in folds] == [4, 5, 5, 5, 5, 2]
+    few = [c for c in trained(commands) if "5" in c.arguments]
+    assert len(few) == 1  # the sixth fold has the two cases
+    again, commands = run_faked(place, monkeypatch)
+    assert (again, commands) == (0, [])
+    capsys.readouterr()
+    benchmark(place, "plan")
+    assert "Done: 5, failed: 0, to do: 0." in capsys.readouterr().out
+
+
+def test_a_budget_in_minutes_is_as_many_epochs_as_fit(place, monkeypatch):
+    _, commands = run_faked(place, monkeypatch)
+    timed = trained(commands)[3:]
+    # 0.05 minutes are 3 s; an epoch takes 1.5 s, as the logs of the first budget say
+    assert [c.variables["MEDDINOV3_EPOCHS"] for c in timed] == ["2", "2"]
+    assert [c.variables["MEDDINOV3_ITERATIONS"] for c in timed] == ["2", "2"]
+
+
+def test_a_failed_job_is_noted_and_does_not_stop_the_others(place, monkeypatch, capsys):
+    def fail(command):
+        return {"nnUNetv2_train", "MedDINOv3Trainer_demo"} <= set(command.arguments)
+
+    code, commands = run_faked(place, monkeypatch, fail=fail)
+    assert code == 1
+    assert len(trained(commands)) == 4  # the timed job of the failed method has no time to go by
+    said = capsys.readouterr().err
+    assert "failed with exit code 1" in said
+    assert "must have a finished job of the budget 'equal iterations'" in said
+    assert "Failed jobs: 2. --retry runs them again." in said
+    code, commands = run_faked(place, monkeypatch)
+    assert (code, trained(commands)) == (1, [])
+    code, commands = run_faked(place, monkeypatch, "--retry")
+    assert (code, len(trained(commands))) == (0, 2)
+
+
+def test_one_job_can_be_run_alone_as_a_slurm_array_does(place, monkeypatch):
+    code, commands = run_faked(place, monkeypatch, "--prepare")
+    assert (code, len(commands)) == (0, 1)
+    code, commands = run_faked(place, monkeypatch, "--job", "1")
+    assert (code, len(trained(commands))) == (0, 1)
+    with pytest.raises(UserError, match="--job must be from 0 to 4, got 5"):
+        run_faked(place, monkeypatch, "--job", "5")
+
+
+def test_a_stopped_training_goes_on(place, monkeypatch):
+    run_faked(place, monkeypatch, "--prepare")
+    recipe = load_recipe(str(place / "recipe.yaml"))
+    job = jobs(recipe)[0]
+    folder = job.model_folder(place / "out") / "fold_0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_latest.pth").touch()
+    commands = []
+    monkeypatch.setattr(running, "run_logged", lambda command, log: commands.append(command) or 1.0)
+    running._train(job, place / "out", "0", {}, "cpu")
+    assert commands[0].arguments[-1] == "--c"
+
+
+def test_a_job_that_another_process_runs_is_left_to_it(place, monkeypatch):
+    run_faked(place, monkeypatch, "--prepare")
+    job = jobs(load_recipe(str(place / "recipe.yaml")))[0]
+    with running.locked(job.folder(place / "out"), print):
+        code, commands = run_faked(place, monkeypatch, "--job", "0")
+    assert (code, commands) == (1, [])
+    assert read_state(job.folder(place / "out")) == {}
+
+
+def test_jobs_are_spread_over_gpus(place, monkeypatch):
+    _, commands = run_faked(place, monkeypatch, "--gpus", "0,3")
+    assert {c.variables["CUDA_VISIBLE_DEVICES"] for c in trained(commands)} <= {"0", "3"}
+    assert all("CUDA_VISIBLE_DEVICES" in c.variables for c in trained(commands))
+
+
+def test_slurm_gets_a_script_that_prepares_and_an_array(place, monkeypatch, capsys):
+    code, commands = run_faked(place, monkeypatch, "--slurm")
+    assert (code, commands) == (0, [])
+    said = capsys.readouterr().out
+    assert "sbatch --dependency=afterok:$id" in said
+    train = (place / "out" / "train.sbatch").read_text()
+    assert "#SBATCH --array=0-4" in train
+    assert '--job "$SLURM_ARRAY_TASK_ID"' in train
+    assert f"export nnUNet_raw={place / 'raw'}" in train
+    assert "--prepare" in (place / "out" / "prepare.sbatch").read_text()
+
+
+def test_the_report_has_our_numbers_beside_the_published_ones(place, monkeypatch, capsys):
+    run_faked(place, monkeypatch)
+    assert benchmark(place, "collect") == 0
+    assert "5 of 5 jobs are done." in capsys.readouterr().out
+    with (place / "out" / "results" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 2
+    page = (place / "out" / "report.html").read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.split("</style>")[-1]))
+    assert "Dataset701_Discs, equal iterations, all training cases" in text
+    assert "Dataset701_Discs, equal iterations, 2 training cases" in text
+    assert "91.5" in text
+    assert "three (published)" in text
+    assert "They used other discs." in text
+    assert "- (below 6 patients)" in text
+    assert page.count("data:image/png") == 4  # a plot a setting, and the few cases
+    before = page
+    elsewhere = ["benchmark", "collect", place / "recipe.yaml", "-o", place / "again"]
+    main([str(p) for p in [*elsewhere, "--results", place / "out" / "results"]])
+    assert (place / "again" / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_nothing_to_collect_and_unset_folders_get_a_sentence(place, monkeypatch):
+    with pytest.raises(UserError, match="must hold finished jobs of try"):
+        benchmark(place, "collect")
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(UserError, match="nnUNet_preprocessed must name a folder"):
+        benchmark(place, "run")
+
+
+def test_a_dataset_that_is_not_there_is_refused_before_any_work(place, monkeypatch):
+    (place / "raw" / "Dataset701_Discs" / "dataset.json").unlink()
+    with pytest.raises(UserError, match=r"has no dataset\.json: `meddinov3 dataset --help`"):
+        run_faked(place, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_to_its_report_by_stock_commands(place, capsys):
+    few = {**RECIPE, "budgets": RECIPE["budgets"][:1], "few_cases": None}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(few))
+    assert benchmark(place, "run", "-device", "cpu") == 0, capsys.readouterr().err
+    assert benchmark(place, "collect") == 0
+    with (place / "out" / "results" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["case"]) for row in rows] == [
+        (method, case) for method in ("one", "two") for case in ("case_6", "case_7")
+    ]
+    assert all(0 <= float(row["dice"]) <= 1 for row in rows)
+    (runs,) = {row["epochs"] for row in csv.DictReader((place / "out/results/runs.csv").open())}
+    assert runs == "2"
+
+
+def test_a_command_that_fails_says_the_end_of_its_log(tmp_path):
+    code = "import sys; print('words of it'); sys.exit(3)"
+    command = running.Command((sys.executable, "-c", code), {})
+    with pytest.raises(UserError, match=r"failed with exit code 3; its log is (.|\n)*words of it"):
+        running.run_logged(command, tmp_path / "log.txt")
+    with pytest.raises(UserError, match="nowhere must be installed"):
+        running.run_logged(running.Command(("nowhere",), {}), tmp_path / "log.txt")

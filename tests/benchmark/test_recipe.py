@@ -1,0 +1,142 @@
+"""Recipes: what they may say, and the jobs that come of them."""
+
+import json
+
+import pytest
+import yaml
+
+from nnunetv2_meddinov3.benchmark.jobs import jobs, preparations, seconds_per_epoch, with_few_cases
+from nnunetv2_meddinov3.benchmark.recipe import SHIPPED, load_recipe
+from nnunetv2_meddinov3.discovery import PLANNERS, TRAINERS
+from nnunetv2_meddinov3.errors import UserError
+
+RECIPE = {
+    "name": "try",
+    "datasets": [{"name": "Dataset801_A"}, {"name": "Dataset1802_B", "evaluate_on": "test"}],
+    "methods": [
+        {"name": "U-Net", "trainer": "nnUNetTrainer", "configuration": "2d"},
+        {
+            "name": "ours",
+            "trainer": "MedDINOv3Trainer",
+            "configuration": "2d_64",
+            "weights": "w.pt",
+        },
+    ],
+    "budgets": [
+        {"name": "equal iterations", "epochs": 4, "iterations": 10},
+        {"name": "equal time", "minutes": 2},
+    ],
+    "seeds": [0, 1],
+    "few_cases": {"numbers": [5, 20], "methods": ["ours"], "budgets": ["equal iterations"]},
+    "reference": "U-Net",
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return str(path)
+
+
+def test_jobs_are_all_combinations_each_once(tmp_path):
+    found = jobs(load_recipe(write(tmp_path)))
+    assert len({job.name for job in found}) == len(found) == 2 * 2 * 2 * 2 + 2 * 2 * 2
+    assert [job.budget.name for job in found] == ["equal iterations"] * 16 + ["equal time"] * 8
+    assert {job.cases for job in found if job.method.name == "U-Net"} == {None}
+    first = found[0]
+    assert first.name == "Dataset801_A__U-Net__equal-iterations__all__fold0__seed0"
+    assert (first.dataset.number, found[8].dataset.number) == ("801", "801")
+    assert {job.dataset.number for job in found} == {"801", "1802"}
+    assert [job.seed for job in found[:16]] == [0] * 8 + [1] * 8
+
+
+def test_every_configuration_is_prepared_once(tmp_path):
+    twice = [*RECIPE["methods"], {**RECIPE["methods"][1], "name": "again"}]
+    found = preparations(load_recipe(write(tmp_path, methods=twice)))
+    assert len(found) == 4
+    assert found[1].command().variables == {"MEDDINOV3_SIZE": "64"}
+    assert "-pl MedDINOv3Planner -c 2d_64" in str(found[1].command())
+
+
+def test_weights_are_found_from_the_recipes_folder(tmp_path):
+    recipe = load_recipe(write(tmp_path))
+    assert recipe.methods[1].weights == str(tmp_path / "w.pt")
+    for kept in ("none", "hf:a/b/c.pth", "timm:vit", "/abs/w.pt"):
+        method = {**RECIPE["methods"][1], "weights": kept}
+        changed = load_recipe(write(tmp_path, methods=[RECIPE["methods"][0], method]))
+        assert changed.methods[1].weights == kept
+
+
+def test_few_cases_are_folds_of_their_own_and_nested(tmp_path):
+    recipe = load_recipe(write(tmp_path))
+    cases = [f"case_{n:02d}" for n in range(30)]
+    splits = [{"train": cases[6:], "val": cases[:6]}, {"train": cases[:24], "val": cases[24:]}]
+    folds, index = with_few_cases(splits, recipe)
+    assert index == {"0/all": 0, "0/5": 2, "0/20": 3}
+    assert folds[:2] == splits
+    assert (len(folds[2]["train"]), len(folds[3]["train"])) == (5, 20)
+    assert set(folds[2]["train"]) < set(folds[3]["train"]) < set(splits[0]["train"])
+    assert folds[2]["val"] == splits[0]["val"]
+    assert json.loads(json.dumps(folds)) == folds
+
+
+def test_the_time_of_an_epoch_is_a_median_without_the_first():
+    log = "\n".join(f"2026-01-01: Epoch time: {s} s" for s in (99.0, 2.0, 8.0, 3.0))
+    assert seconds_per_epoch(log) == 3.0
+    assert seconds_per_epoch("Epoch time: 7.5 s") == 7.5
+    assert seconds_per_epoch("nothing") is None
+
+
+A_METHOD = RECIPE["methods"][0]
+WRONG = {
+    "key": ({"seed": [1]}, "unknown key seed: did you mean seeds"),
+    "key inside": ({"methods": [{**A_METHOD, "trainr": "x"}]}, r"methods\.0\.trainr: did you mean"),
+    "missing": ({"methods": [{"name": "x"}]}, r"methods\.0\.trainer must be given"),
+    "dataset": ({"datasets": [{"name": "AMOS"}]}, r"datasets\.0\.name is wrong, got 'AMOS'"),
+    "configuration": (
+        {"methods": [{**A_METHOD, "configuration": "3d_fullres"}]},
+        r"configuration is wrong, got '3d_fullres'",
+    ),
+    "twice": ({"methods": [A_METHOD, A_METHOD]}, "'U-Net' stands twice"),
+    "reference": ({"reference": "U-net"}, "'U-net' is none, did you mean 'U-Net'"),
+    "few": (
+        {"few_cases": {"numbers": [1], "methods": ["ours"], "budgets": ["x"]}},
+        "names of its budgets, but 'x' is none",
+    ),
+    "both": ({"budgets": [{"name": "a", "epochs": 1, "minutes": 1}]}, "not both"),
+    "no times": (
+        {"budgets": [{"name": "a", "minutes": 1}], "few_cases": None},
+        "a first budget with epochs",
+    ),
+    "no methods": ({"methods": []}, "methods is wrong"),
+    "number": ({"seeds": ["x"]}, r"seeds\.0 is wrong"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_recipe_gets_one_sentence(tmp_path, what):
+    changes, words = WRONG[what]
+    with pytest.raises(UserError, match=words) as caught:
+        load_recipe(write(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "\tx", "[1, 2]", ""])
+def test_what_is_no_recipe_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"r\.yaml"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_an_unknown_recipe_gets_the_names_of_the_shipped_ones():
+    with pytest.raises(UserError, match="a YAML file or one of"):
+        load_recipe("table9")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_shipped_recipes_name_trainers_that_are_there(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    for method in recipe.methods:
+        assert method.trainer in {*TRAINERS, "nnUNetTrainer"}
+        assert method.planner in {*PLANNERS, "nnUNetPlannerResEncM", "ExperimentPlanner"}
