@@ -59,14 +59,6 @@ _COMMANDS = (
     "nnunetv2.model_sharing.entry_points",
     "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
 )
-# of our names, in lower case
-_BEGINNINGS = (
-    "meddino",
-    "dinov3trainer",
-    "segformertrainer",
-    "dinounettrainer",
-    "segdinotrainer",
-)
 
 _HOSTS = {_TRAINER_HOST: TRAINERS, _PLANNER_HOST: PLANNERS}
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
 
-_BEGINNINGS = ("meddino", "dinov3trainer")  # of our names, in lower case
+# of our names, in lower case
+_BEGINNINGS = (
+    "meddino",
+    "dinov3trainer",
+    "segformertrainer",
+    "dinounettrainer",
+    "segdinotrainer",
+)
 
 
 def is_like(name: str, names: Iterable[str]) -> bool:
