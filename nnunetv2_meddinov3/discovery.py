@@ -28,6 +28,8 @@ TRAINERS = dict.fromkeys(
         "MedDINOv3Trainer_scratch",
         "MedDINOv3Trainer_singlescale",
         "MedDINOv3Trainer_singlescale_matched",
+        "DINOv3Trainer_singlescale",
+        "DINOv3Trainer_singlescale_matched",
         "MedDINOv3Trainer_frozen",
         "MedDINOv3Trainer_NoMirroring",
         "MedDINOv3Trainer_50epochs",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 A recipe lists datasets, methods, folds, seeds and budgets. `plan` prints every command of nnU-Net's
 with the hours and the disk space it may take; `run` runs what is not done yet, here or as a SLURM
-array; `collect` writes the tables and the report of what is done. Shipped recipes: table1, table2,
-table3 (the paper's) and small (runs on two cores).
+array; `collect` writes the tables and the report of what is done. Shipped recipes: the paper's
+table1, table2 and table3. Needs the extra "benchmark".
 """
 
 

@@ -349,6 +349,14 @@ class MedDINOv3Trainer_singlescale_matched(MedDINOv3Trainer_singlescale):
     network_options: ClassVar[dict[str, Any]] = {"copies": 4}
 
 
+class DINOv3Trainer_singlescale(MedDINOv3Trainer_singlescale, DINOv3Trainer):
+    """The paper's DINOv3 row with the last block alone (table 1); random with weights ``none``."""
+
+
+class DINOv3Trainer_singlescale_matched(MedDINOv3Trainer_singlescale_matched, DINOv3Trainer):
+    """The same with a decoder of the size that four blocks have."""
+
+
 class MedDINOv3Trainer_frozen(MedDINOv3Trainer):
     """Train the decoder only; the backbone keeps its weights and runs without drop path."""
 
