@@ -73,6 +73,11 @@ class GroupwisePolyLR(LRScheduler):
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
+def adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    """Return the paper's optimiser for groups with learning rates of their own."""
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.98))
+
+
 def nnunet_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     """Return nnU-Net's kind of optimiser for groups with learning rates of their own."""
     return torch.optim.SGD(groups, weight_decay=weight_decay, momentum=0.99, nesterov=True)

@@ -7,8 +7,6 @@ nnU-Net's search imports every module of this folder.
 
 from typing import Any, ClassVar
 
-import torch
-
 from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.models import segformer
 from nnunetv2_meddinov3.settings import backbone_setting
@@ -86,14 +84,12 @@ class DinoUNetTrainer(MedDINOv3Trainer):
     """
 
     network_class = fine_tuning.DINO_UNET
+    make_optimizer = staticmethod(fine_tuning.nnunet_sgd)
     weights = "timm:vit_base_patch16_dinov3.lvd1689m"
     decoder_lr = 1e-3
     decay = 3e-5
     lr_exponent = 0.9
     drop_path = 0.3
-
-    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return fine_tuning.nnunet_sgd(groups, self.weight_decay)
 
 
 class MedDINOv3Trainer_sam(MedDINOv3Trainer):
@@ -104,14 +100,12 @@ class MedDINOv3Trainer_sam(MedDINOv3Trainer):
     """
 
     network_class = fine_tuning.SAM_SEGMENTER
+    make_optimizer = staticmethod(fine_tuning.nnunet_sgd)
     decoder_lr = vit_lr = 1e-3
     decay = 3e-5
     lr_exponent = 0.9
     layers = "last"
     drop_path = 0.3
-
-    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return fine_tuning.nnunet_sgd(groups, self.weight_decay)
 
 
 class MedDINOv3Trainer_sam_x4(MedDINOv3Trainer_sam):

@@ -40,6 +40,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
     epochs = 1000
     decoder_lr = 3e-4
     vit_lr = 3e-5
+    make_optimizer = staticmethod(fine_tuning.adamw)
     decay = 5e-2
     lr_exponent = 1.0  # of the decay of the learning rates
     layers: list[int] | str | None = None  # the end of every quarter: 2, 5, 8, 11 of 12
@@ -260,7 +261,8 @@ class MedDINOv3Trainer(nnUNetTrainer):
         self,
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Return an optimiser with a group for each learning rate, and their decay."""
-        optimizer = self._make_optimizer(self._parameter_groups(self._unwrapped_network()))
+        groups = self._parameter_groups(self._unwrapped_network())
+        optimizer = self.make_optimizer(groups, self.weight_decay)
         return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs, self.lr_exponent)
 
     def _parameter_groups(self, network: Any) -> list[dict[str, Any]]:
@@ -272,9 +274,6 @@ class MedDINOv3Trainer(nnUNetTrainer):
         if vit:
             groups.append({"params": vit, "lr": self.vit_lr})
         return groups
-
-    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, betas=(0.9, 0.98))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on a batch as nnU-Net does, but skip the step if loss or gradient is not finite.
