@@ -6,6 +6,9 @@ planners, a module-level ``__getattr__`` (PEP 562) that answers to our names and
 stock commands take ``-tr MedDINOv3Trainer`` and ``-pl MedDINOv3Planner``. Nothing of nnU-Net is
 written to or replaced, and our own code is imported only when one of our names is asked for.
 
+Where one of nnU-Net's commands names one of ours, or a misspelt one, what it needs is checked as
+soon as it imports its module, before torch; commands without our names are not touched.
+
 A start-up file beside the package calls ``autoregister`` in every interpreter of the environment.
 Therefore this module imports ``os`` and ``sys`` alone, which every interpreter has loaded by then.
 """

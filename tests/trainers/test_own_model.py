@@ -1,5 +1,6 @@
 """From one's own model: nnU-Net's checkpoints as weights, and ``-pretrained_weights``."""
 
+import importlib
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
+from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models import load_backbone, save_backbone
 from nnunetv2_meddinov3.models.architecture import architecture_of
@@ -62,6 +64,30 @@ def test_a_checkpoint_of_ours_is_read_with_the_architecture_of_its_plans(trained
     backbone = load_backbone(trained)
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, content["network_weights"][f"backbone.{name}"])
+
+
+def test_the_file_of_pretrained_weights_is_found_however_nnunet_calls_its_argument(monkeypatch):
+    run_training = importlib.import_module("nnunetv2.run.run_training")
+
+    def renamed(trainer, goes_on, validates, file=None):
+        found = fine_tuning.pretrained_file()
+        return found if file else (found, "none given")
+
+    monkeypatch.setattr(run_training, "maybe_load_checkpoint", renamed)
+    assert run_training.maybe_load_checkpoint(None, False, False, "a.pth") == "a.pth"
+    assert run_training.maybe_load_checkpoint(None, False, False) == (None, "none given")
+    assert fine_tuning.pretrained_file() is None
+
+    def maybe_load_checkpoint(pretrained_weights_file):  # somebody else's function of that name
+        return fine_tuning.pretrained_file()
+
+    assert maybe_load_checkpoint("b.pth") is None
+    monkeypatch.delattr(run_training, "maybe_load_checkpoint")
+    command = "/bin/nnUNetv2_train 1 2d 0 -tr MedDINOv3Trainer -pretrained_weights=c.pth"
+    monkeypatch.setattr("sys.argv", command.split())
+    assert fine_tuning.pretrained_file() == "c.pth"
+    monkeypatch.setattr("sys.argv", ["somebodys.py", "-pretrained_weights", "c.pth"])
+    assert fine_tuning.pretrained_file() is None
 
 
 def cascaded(content, images, one_hot):
