@@ -47,6 +47,11 @@ class EncoderWeights:
     source: str
     licence: str = LICENCE
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the file states besides tensors: nothing."""
+        return {}
+
     def report(self) -> str:
         """Say what was read."""
         return f"{self.source}: {len(self.tensors)} tensors used"
