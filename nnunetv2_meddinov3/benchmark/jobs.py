@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,8 +49,6 @@ class Preparation:
         size = {"MEDDINOV3_SIZE": self.method.size} if self.method.size else {}
         if self.method.backbone:
             size["MEDDINOV3_BACKBONE"] = self.method.backbone
-        if os.environ.get("nnUNet_n_proc_DA") == "0":
-            size["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner takes it for a number of threads
         arguments = ["nnUNetv2_plan_and_preprocess", "-d", self.dataset.number]
         arguments += ["-pl", self.method.planner, "-c", self.method.configuration]
         if self.method.planner not in ("MedDINOv3Planner", "ExperimentPlanner"):

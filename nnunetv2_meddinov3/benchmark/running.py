@@ -78,7 +78,11 @@ def _prepare_one(preparation: Preparation, out: Path) -> None:
     with locked(folder, print):
         if read_state(folder).get("done"):
             return
-        seconds = run_logged(preparation.command(), folder / "log.txt")
+        command = preparation.command()
+        if os.environ.get("nnUNet_n_proc_DA") == "0":  # right for training alone: nnU-Net's
+            more = {"nnUNet_n_proc_DA": "1"}  # planner takes it for a number of threads
+            command = Command(command.arguments, command.variables | more)
+        seconds = run_logged(command, folder / "log.txt")
         write_state(folder, done=True, seconds=seconds)
 
 
