@@ -169,6 +169,9 @@ def check_same_run(
         UserError: If anything that changes results differs.
     """
     before = from_yaml(state["config"])
+    if before.data.modalities is None:  # the store decided, which is compared below
+        data = before.data.model_copy(update={"modalities": config.data.modalities})
+        before = before.model_copy(update={"data": data})
     # what was used; earlier versions also saved what the weights had overruled
     used = with_architecture(before, state["architecture"])
     if (changed := differences(used, config)) and differences(before, config):

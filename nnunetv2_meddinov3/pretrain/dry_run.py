@@ -38,7 +38,7 @@ from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 from nnunetv2_meddinov3.signals import Stop
 
 _GROUP_ON_CPU = 2  # images: the fewest that losses can be computed of
-_SECONDS_ON_CPU = 10.0  # of the largest step whose memory is measured
+_SECONDS_ON_CPU = 60.0  # of all threads, for the largest step whose memory is measured
 _SHARE_ON_CPU = 0.25  # of the machine's memory that it may take
 
 
@@ -242,11 +242,13 @@ def _make_a_step(config: StageConfig, runtime: Runtime) -> Step:
         batches = stage.loader.iterate(0)
         _seconds_of(stage, next(batches))  # compiles and allocates
         forget_peak()
+        before = time.process_time()
         seconds = _seconds_of(stage, next(batches))
+        of_threads = time.process_time() - before  # whatever else the machine does meanwhile
         measured = None
         if runtime.device.type == "cpu" and (peak := peak_gb()) is not None:
             measured = Measured({images: peak})
-            more = _affordable(config, a, runtime, seconds / images)
+            more = _affordable(config, a, runtime, of_threads / images)
             if more > images:
                 _seconds_of(stage, _joined(batches, more // images))
                 measured = Measured({images: peak, more: peak_gb() or peak})
@@ -276,9 +278,11 @@ def _affordable(config: StageConfig, a: Architecture, runtime: Runtime, seconds:
         config: Of the stage.
         a: Of the backbone.
         runtime: This process; all make a step of as many images.
-        seconds: That an image takes.
+        seconds: That an image takes all threads.
     """
-    images = min(max(int(_SECONDS_ON_CPU / seconds), 2 * _GROUP_ON_CPU), _at_once(config, runtime))
+    images = min(
+        max(int(_SECONDS_ON_CPU / max(seconds, 1e-3)), 2 * _GROUP_ON_CPU), _at_once(config, runtime)
+    )
     is_bf16, free = runtime.precision == "bf16", _SHARE_ON_CPU * installed_gb()
     while images > _GROUP_ON_CPU and sum(memory_gb(config, a, images, is_bf16).values()) > free:
         images //= 2

@@ -14,9 +14,9 @@ from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Head, Resolution, S
 
 # masked patches per image as a share of a global crop's: 2 x 0.5 x mean(0.1, 0.5)
 SHOWN_BY_IBOT = 0.3
-# what a CPU holds of activations for each byte that is counted, where it is not measured: products
-# of the backward pass, and gaps that the allocator leaves
-_ON_CPU = 1.45
+# what a CPU holds of activations for each byte that is counted, at least: products of the backward
+# pass, and gaps that the allocator leaves (1.5 to 2 of ViT-S in the three stages)
+_ON_CPU = 1.6
 _SINKHORN = 5  # copies of the logits that are in memory at once: joined, scaled, exp, two products
 
 
@@ -133,7 +133,8 @@ class Measured:
         few, many = min(self.peaks), max(self.peaks)
         grown = _ON_CPU
         if many > few:
-            grown = (self.peaks[many] - self.peaks[few]) / (counted[many] - counted[few])
+            slope = (self.peaks[many] - self.peaks[few]) / (counted[many] - counted[few])
+            grown = max(slope, _ON_CPU)  # few images may fit into what building networks left
         at_once, whole = (memory_gb(config, a, images, is_bf16, n) for n in (images, of_step))
         process = self.peaks[many] - at_once["networks"] - grown * counted[many]
         parts = {name: grown * at_once[name] for name in ("activations", "logits", "targets")}
