@@ -270,7 +270,8 @@ def test_a_comparison_runs_to_its_report_by_stock_commands(place, capsys):
         (method, case) for method in ("one", "two") for case in ("case_6", "case_7")
     ]
     assert all(0 <= float(row["dice"]) <= 1 for row in rows)
-    (runs,) = {row["epochs"] for row in csv.DictReader((place / "out/results/runs.csv").open())}
+    with (place / "out" / "results" / "runs.csv").open() as file:
+        (runs,) = {row["epochs"] for row in csv.DictReader(file)}
     assert runs == "2"
 
 
