@@ -249,8 +249,10 @@ def _make_a_step(config: StageConfig, runtime: Runtime) -> Step:
         if runtime.device.type == "cpu" and (peak := peak_gb()) is not None:
             measured = Measured({images: peak})
             more = _affordable(config, a, runtime, of_threads / images)
+            micro_batches = min(2, config.optim.batch_size // runtime.world_size // more)
             if more > images:
-                _seconds_of(stage, _joined(batches, more // images))
+                for _ in range(2):  # gaps of the allocator grow from one to the next
+                    _seconds_of(stage, _joined(batches, more // images) * micro_batches)
                 measured = Measured({images: peak, more: peak_gb() or peak})
         batches.close()
         stage.observer.close()
