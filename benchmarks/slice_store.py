@@ -13,7 +13,6 @@ process takes of its own to hold it. Slices are synthetic CT: an elliptic body w
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nnunetv2_meddinov3.processes import peak_gb
 from nnunetv2_meddinov3.store import layout
 from nnunetv2_meddinov3.store.fingerprints import perceptual_hash, slice_sha256
 from nnunetv2_meddinov3.store.index import build_index
@@ -164,7 +164,7 @@ def indexing(rows: int, folder: Path, per_volume: int = 400) -> None:
     index = build_index(folder / "index")
     built = time.perf_counter() - start
     print(f"index of {rows} rows: built in {built:.1f} s", end="")
-    print(f" (peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB)", end="")
+    print(f" (peak {peak_gb() * 1e9 / 2**20:.0f} MB)", end="")
     print(f", {index.stat().st_size / rows:.0f} bytes/row in Parquet", end="")
     print(f", {(folder / 'index' / layout.MAPPED_INDEX).stat().st_size / rows:.0f} mapped")
     report_opening(folder, "mapped")

@@ -4,7 +4,6 @@ python benchmarks/training_step.py --backbone vit_base --size 896 --batch 2
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.models import build_segmenter
+from nnunetv2_meddinov3.processes import peak_gb
 
 VARIANTS = {
     "token decoder": {"chunk": 512, "checkpointing": False},
@@ -39,7 +39,7 @@ def step(args: argparse.Namespace, variant: str) -> None:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 1e9
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        peak = peak_gb()
     seconds = time.perf_counter() - start
     print(f"{variant:32} {seconds:8.1f} s   {peak:6.2f} GB   loss {float(loss.detach()):.4f}")
 

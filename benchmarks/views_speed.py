@@ -11,7 +11,6 @@ saturation and greyscale do nothing on grey.
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 
@@ -25,6 +24,7 @@ from torchvision.transforms import v2
 from nnunetv2_meddinov3.demo.phantom import make_phantom
 from nnunetv2_meddinov3.pretrain.config import load_config
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
+from nnunetv2_meddinov3.processes import peak_gb
 
 _PLAIN = [
     f"augment.{name}_probability=0"
@@ -74,9 +74,9 @@ def megabytes(make) -> float:
 
 
 def _measure(make, sender) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_gb()
     make(0)
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    sender.send((peak_gb() - before) * 1e9 / 2**20)
 
 
 def synthetic_slices(count: int) -> list[np.ndarray]:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -194,15 +195,21 @@ def test_every_verb_of_ours_explains_itself(name):
 
 @pytest.mark.slow
 def test_train_finds_our_trainers_where_no_start_up_file_is_read(tmp_path):
+    folder = tmp_path / "Dataset999_Cube"
+    folder.mkdir()
+    configurations = {"3d_fullres": {"patch_size": [16, 16, 16], "architecture": {}}}
+    plans = {"configurations": configurations, "plans_name": "nnUNetPlans"}
+    plans["dataset_name"] = folder.name
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text("{}")
     path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
     folders = {f"nnUNet_{name}": str(tmp_path) for name in ("raw", "preprocessed", "results")}
     run = meddinov3(
-        "train", "999", "2d", "0", "-tr", "MedDINOv3Trainer", "-device", "cpu",
+        "train", "999", "3d_fullres", "0", "-tr", "MedDINOv3Trainer", "-device", "cpu",
         flags=["-S"], PYTHONPATH=path, **folders,
     )  # fmt: skip
     assert run.returncode != 0
-    assert "Could not find a dataset with the ID 999" in run.stderr
-    assert "Could not find requested nnunet trainer" not in run.stderr
+    assert "MedDINOv3 is a 2D network and needs a 2D configuration" in run.stderr, run.stderr
 
 
 def test_importing_the_command_line_registers_for_spawned_workers():

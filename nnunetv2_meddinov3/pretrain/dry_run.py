@@ -25,16 +25,14 @@ from nnunetv2_meddinov3.pretrain.memory import (
     SHOWN_BY_IBOT,
     Measured,
     backbone_parameters,
-    forget_peak,
     head_parameters,
-    installed_gb,
     memory_gb,
-    peak_gb,
     widest,
 )
 from nnunetv2_meddinov3.pretrain.stated import of_random_weights
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
+from nnunetv2_meddinov3.processes import forget_peak, installed_gb, peak_gb
 from nnunetv2_meddinov3.signals import Stop
 
 _GROUP_ON_CPU = 2  # images: the fewest that losses can be computed of

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Head, Resolution, StageConfig
@@ -145,26 +141,3 @@ class Measured:
 def _both(parts: dict[str, float]) -> float:
     """Return what grows with the images that are forwarded at once."""
     return sum(value for name, value in parts.items() if name != "networks")
-
-
-def forget_peak() -> None:
-    """Let the peak of this process's memory begin anew where the system can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gb() -> float | None:
-    """Return the most main memory that this process held, in GB; None where it is not known."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return None if found is None else int(found[1]) * 1024 / 1e9
-
-
-def installed_gb() -> float:
-    """Return the main memory of this machine in GB, infinite where it is not known."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (AttributeError, OSError, ValueError):
-        return float("inf")

@@ -144,7 +144,7 @@ def test_a_step_is_timed_at_the_largest_crops_and_said_for_all():
 
 
 _USE = """
-import io, re, resource, sys, tempfile
+import io, re, sys, tempfile
 from pathlib import Path
 from nnunetv2_meddinov3.pretrain.dry_run import dry_run
 from nnunetv2_meddinov3.pretrain.stages import settled, stages_of
@@ -158,6 +158,7 @@ if what == "said":
 else:
     from nnunetv2_meddinov3.pretrain.distributed import started
     from nnunetv2_meddinov3.pretrain.train import Stage
+    from nnunetv2_meddinov3.processes import peak_gb
     from nnunetv2_meddinov3.signals import Stop
     # as late in the stage: from no earlier one, with the whole Gram loss, all at the largest crops
     config.init.source, config.init.optimizer = "none", False
@@ -172,7 +173,7 @@ else:
             stage.one_step(next(batches), Stop())
             stage.step += 1
         stage.save()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        print(peak_gb())
 """
 _SMALL = "model.size=vit_small"
 _PROTOTYPES = "heads={dino: {prototypes: 16384}, ibot: {prototypes: 16384}}"

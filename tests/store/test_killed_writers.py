@@ -126,7 +126,7 @@ def test_a_reader_finds_a_whole_index_while_an_index_is_replaced(stores, tmp_pat
     add(folder, VOLUMES, stores)
     rng = np.random.default_rng(1)
     known, inside = {len(SliceStore(folder))}, 0
-    for number in range(100, 110):
+    for number in range(100, 150):
         slices = stores.slices(number, (40, 8, 8))
         record = stores.record(f"Set0/case{number}", slices)
         StoreWriter(folder, stores.options).write_volume(record, slices)
@@ -138,6 +138,8 @@ def test_a_reader_finds_a_whole_index_while_an_index_is_replaced(stores, tmp_pat
         for index in rng.integers(0, len(reader), 10):
             image, row = reader[index]
             assert stores.record("a", image[None]).slices[0].sha256 == row["sha256"]
+        if number >= 109 and inside >= 3:  # as a machine has it, the writer may be done before
+            break
     assert inside >= 3
 
 

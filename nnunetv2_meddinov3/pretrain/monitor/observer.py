@@ -20,6 +20,7 @@ from nnunetv2_meddinov3.pretrain.monitor.logger import MetricsLogger, StepRows
 from nnunetv2_meddinov3.pretrain.monitor.report import write_report
 from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
 from nnunetv2_meddinov3.pretrain.run_folder import HEALTH
+from nnunetv2_meddinov3.processes import peak_gb
 from nnunetv2_meddinov3.progress import Progress
 
 _MOMENTS = 5  # for which maps are kept where no interval is given
@@ -238,8 +239,4 @@ def _memory_gb(device: torch.device) -> float:
     """Return the peak memory so far: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_gb() or 0.0
