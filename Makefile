@@ -5,6 +5,9 @@ READY := $(VENV)/.ready
 # The oldest versions that setup.cfg allows; they need a Python of their time, 3.10 to 3.12.
 OLDEST := .venv-oldest
 
+# A process per core, each of a few GB; a file's tests share what they prepare.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # Without a bytecode cache every process of nnU-Net compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -13,10 +16,10 @@ demo: $(READY)
 	$(VENV)/bin/meddinov3 demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-oldest: $(OLDEST)/.ready # old releases warn of what newer ones have settled
-	$(OLDEST)/bin/python -m pytest -W default
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -W default
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

@@ -37,6 +37,7 @@ TRAINERS = dict.fromkeys(
         "MedDINOv3Trainer_NoMirroring",
         "MedDINOv3Trainer_50epochs",
         "MedDINOv3Trainer_250epochs",
+        "MedDINOv3Trainer_v2",
         "MedDINOv3Trainer_demo",
     ),
     _TRAINER_MODULE,
@@ -44,6 +45,7 @@ TRAINERS = dict.fromkeys(
     (
         "MedDINOv3Trainer_sam",
         "MedDINOv3Trainer_sam_x4",
+        "UNetTrainer",
         "SegFormerTrainer",
         "SegFormerTrainer_imagenet",
         "DinoUNetTrainer",

@@ -7,6 +7,7 @@ neither a variable nor a weights file.
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from nnunetv2_meddinov3.models.architecture import (
     architecture_of,
     differences,
 )
+from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import stem_channels
 from nnunetv2_meddinov3.models.contracts import HU, NORMALISED, contracts_of
 from nnunetv2_meddinov3.models.formats import parse_state_dict
@@ -40,7 +42,8 @@ SEGFORMER = "nnunetv2_meddinov3.models.segformer.SegFormer"
 SEGDINO = "nnunetv2_meddinov3.models.segdino.SegDINO"
 DINO_UNET = "nnunetv2_meddinov3.models.dino_unet.DinoUNet"
 SAM_SEGMENTER = "nnunetv2_meddinov3.models.sam_decoder.SamSegmenter"
-NETWORKS = (SEGMENTER, SEGFORMER, SEGDINO, DINO_UNET, SAM_SEGMENTER)
+DETAIL_SEGMENTER = "nnunetv2_meddinov3.models.detail_segmenter.DetailSegmenter"
+NETWORKS = (SEGMENTER, DETAIL_SEGMENTER, SEGFORMER, SEGDINO, DINO_UNET, SAM_SEGMENTER)
 """What the plans of our trainers name."""
 
 LIBRARY = "the library's"
@@ -78,9 +81,41 @@ def adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Opti
     return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.98))
 
 
+def layerwise_groups(
+    backbone: Backbone, learning_rate: float, decay: float
+) -> list[dict[str, Any]]:
+    """Return a group per block of a ViT, each with ``decay`` times the rate of the next one.
+
+    The last block and the final norm have the rate itself; what comes before the blocks has that of
+    the first, decayed once more. Parameters without a gradient are left out.
+
+    Args:
+        backbone: The ViT.
+        learning_rate: Of the last block.
+        decay: Factor from a block to the one before; 1 gives one group.
+    """
+    depth = backbone.architecture.depth
+    groups: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            block = re.search(r"\bblocks\.(\d+)\.", name)
+            at = int(block[1]) + 1 if block else depth if ".norm." in name else 0
+            groups.setdefault(0 if decay == 1 else depth - at, []).append(parameter)
+    return [
+        {"params": parameters, "lr": learning_rate * decay**below}
+        for below, parameters in sorted(groups.items())
+    ]
+
+
 def nnunet_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     """Return nnU-Net's kind of optimiser for groups with learning rates of their own."""
     return torch.optim.SGD(groups, weight_decay=weight_decay, momentum=0.99, nesterov=True)
+
+
+def set_iterations(trainer: Any, iterations: int) -> None:
+    """Set a trainer's iterations per epoch, with nnU-Net's share of them for validation."""
+    trainer.num_iterations_per_epoch = iterations
+    trainer.num_val_iterations_per_epoch = max(1, iterations // 5)
 
 
 def note_length(optimizer: torch.optim.Optimizer, epochs: int, iterations: int) -> None:

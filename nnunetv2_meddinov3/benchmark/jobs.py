@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_meddinov3.benchmark.recipe import ALL, Budget, Dataset, Method, Recipe
+from nnunetv2_meddinov3.benchmark.recipe import (
+    ALL,
+    PLANS_OF,
+    PRETRAINED,
+    Budget,
+    Dataset,
+    Method,
+    Pretraining,
+    Recipe,
+)
 from nnunetv2_meddinov3.files import write_text
 
 STATE = "job.json"
+_OURS = [sys.executable, "-m", "nnunetv2_meddinov3"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,10 @@ class Command:
 
     def __str__(self) -> str:
         variables = "".join(f"{name}={value} " for name, value in self.variables.items())
-        return variables + " ".join(_shown(part) for part in self.arguments)
-
-
-def _shown(part: str) -> str:
-    return "python" if part == sys.executable else part
+        parts = ["python" if part == sys.executable else part for part in self.arguments]
+        if parts[: len(_OURS)] == ["python", *_OURS[1:]]:
+            parts[: len(_OURS)] = ["meddinov3"]
+        return variables + " ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,45 @@ class Preparation:
             size["MEDDINOV3_BACKBONE"] = self.method.backbone
         arguments = ["nnUNetv2_plan_and_preprocess", "-d", self.dataset.number]
         arguments += ["-pl", self.method.planner, "-c", self.method.configuration]
-        if self.method.planner not in ("MedDINOv3Planner", "ExperimentPlanner"):
+        if self.method.plans != PLANS_OF.get(self.method.planner):
             arguments += ["-overwrite_plans_name", self.method.plans]
         return Command(tuple(arguments), size)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that are made of the training images of a dataset; its imagesTs are kept out."""
+
+    dataset: Dataset
+    pretraining: Pretraining
+
+    @property
+    def name(self) -> str:
+        """Unique within a recipe."""
+        return self.folder(Path()).name
+
+    def folder(self, out: Path) -> Path:
+        """Return where the store and the run go."""
+        return _folder_of_weights(self.dataset, out)
+
+    def commands(self, out: Path, raw: Path) -> list[Command]:
+        """Return what makes them; each goes on where it was stopped.
+
+        Args:
+            out: Folder of the results.
+            raw: The raw dataset.
+        """
+        store, run = (str(self.folder(out) / name) for name in ("store", "run"))
+        curate = [*_OURS, "curate", str(raw), "--exclude", str(raw), "--store", store]
+        if self.dataset.patients:
+            curate += ["--patients", self.dataset.patients]
+        pretrain = [*_OURS, "pretrain", self.pretraining.config, "--stage", "1", "--store", store]
+        pretrain += ["--out", run, *self.pretraining.changes]
+        return [Command(tuple(curate), {}), Command(tuple(pretrain), {})]
+
+
+def _folder_of_weights(dataset: Dataset, out: Path) -> Path:
+    return out / "prepared" / f"{dataset.name}__{PRETRAINED}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +144,14 @@ class Job:
         name = f"{self.method.trainer}__{self.method.plans}__{self.method.configuration}"
         return self.folder(out) / "results" / self.dataset.name / name
 
+    def weights(self, out: Path) -> str:
+        """Return ``MEDDINOV3_WEIGHTS``, empty where the trainer's own are meant."""
+        given = self.method.weights or ""
+        if given == PRETRAINED:
+            run = _folder_of_weights(self.dataset, out) / "run"
+            return str(run / "stage1" / "teacher.safetensors")
+        return given.replace("{dataset}", self.dataset.name)
+
     def fold_text(self, folds: dict[str, int]) -> str:
         """Return the fold of ``splits_final.json`` that has the cases of this job."""
         return str(folds[f"{self.fold}/{self.cases_text}"])
@@ -112,6 +165,12 @@ def preparations(recipe: Recipe) -> list[Preparation]:
             preparation = Preparation(dataset, method)
             found.setdefault(preparation.name, preparation)
     return list(found.values())
+
+
+def weights_to_make(recipe: Recipe) -> list[Weights]:
+    """Return the weights that ``pretraining`` makes, for each dataset."""
+    made = recipe.pretraining
+    return [] if made is None else [Weights(dataset, made) for dataset in recipe.datasets]
 
 
 def jobs(recipe: Recipe) -> list[Job]:

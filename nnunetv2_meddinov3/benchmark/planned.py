@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import Counter
 from pathlib import Path
 
-from nnunetv2_meddinov3.benchmark.jobs import Job, jobs, preparations, read_state
-from nnunetv2_meddinov3.benchmark.recipe import ALL, Recipe
+from nnunetv2_meddinov3.benchmark.jobs import (
+    Job,
+    jobs,
+    preparations,
+    read_state,
+    weights_to_make,
+)
+from nnunetv2_meddinov3.benchmark.recipe import ALL, Dataset, Recipe
 
 
 def plan_lines(recipe: Recipe, out: Path, device: str) -> list[str]:
@@ -16,14 +23,20 @@ def plan_lines(recipe: Recipe, out: Path, device: str) -> list[str]:
     states = Counter(_state(job, out) for job in every)
     lines = [recipe.title or recipe.name, "", "Prepare:"]
     lines += [f"  {preparation.command()}" for preparation in preparations(recipe)]
+    for made in weights_to_make(recipe):
+        lines += [f"  {command}" for command in made.commands(out, _raw(made.dataset))]
     lines += ["", f"Train, predict and measure ({len(every)} jobs):"]
-    lines += [f"  {number:4d}  {_line(job, device)}" for number, job in enumerate(every)]
+    lines += [f"  {number:4d}  {_line(job, out, device)}" for number, job in enumerate(every)]
     lines += ["", "Done: {done}, failed: {failed}, to do: {open}.".format(**_counts(states))]
     lines += _hours(recipe, every, out)
     disk = [f"{d.name} {d.disk_gb:g} GB" for d in recipe.datasets if d.disk_gb]
     if disk:
         lines.append(f"Preprocessed data, estimated: {', '.join(disk)}.")
     return lines
+
+
+def _raw(dataset: Dataset) -> Path:
+    return Path(os.environ.get("nnUNet_raw") or "$nnUNet_raw", dataset.name)
 
 
 def _counts(states: Counter[str]) -> dict[str, int]:
@@ -35,14 +48,14 @@ def _state(job: Job, out: Path) -> str:
     return "done" if state.get("done") else "failed" if "failed" in state else "open"
 
 
-def _line(job: Job, device: str) -> str:
+def _line(job: Job, out: Path, device: str) -> str:
     """Return a training's command; the fold of a job with few cases is made by ``run``."""
     budget = job.budget
     variables = {
         "MEDDINOV3_EPOCHS": budget.epochs,
         "MEDDINOV3_ITERATIONS": budget.iterations,
         "MEDDINOV3_BACKBONE": job.method.backbone,
-        "MEDDINOV3_WEIGHTS": (job.method.weights or "").replace("{dataset}", job.dataset.name),
+        "MEDDINOV3_WEIGHTS": job.weights(out),
     }
     told = "".join(f"{name}={value} " for name, value in variables.items() if value)
     minutes = f"  # for {budget.minutes:g} minutes" if budget.minutes else ""

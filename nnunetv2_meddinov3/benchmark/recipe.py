@@ -14,6 +14,9 @@ from nnunetv2_meddinov3.errors import UserError, first_line
 
 SHIPPED = Path(__file__).parent / "recipes"
 ALL = "all"
+PRETRAINED = "pretrained"
+PLANS_OF = {"MedDINOv3Planner": "nnUNetMedDINOv3Plans", "ExperimentPlanner": "nnUNetPlans"}
+"""Planner -> name of its plans where no other is given."""
 
 
 class _Section(BaseModel):
@@ -61,7 +64,8 @@ class Method(_Section):
         planner: nnU-Net's ``-pl``.
         plans: Name of the plans that it writes.
         weights: ``MEDDINOV3_WEIGHTS``; a relative path is taken from the recipe's folder. With
-            ``{dataset}`` in it, each dataset has its own.
+            ``{dataset}`` in it, each dataset has its own. ``pretrained`` are those that the
+            recipe's ``pretraining`` makes.
         backbone: ``MEDDINOV3_BACKBONE``.
         gpu_hours: Of one training, an estimate.
         note: For the report.
@@ -123,6 +127,18 @@ class FewCases(_Section):
     budgets: list[str]
 
 
+class Pretraining(_Section):
+    """Weights made of each dataset's own training images: ``meddinov3 curate`` and ``pretrain``.
+
+    Attributes:
+        config: What ``pretrain`` takes, with one stage.
+        changes: ``key=value`` and options of ``pretrain``.
+    """
+
+    config: str
+    changes: list[str] = Field(default_factory=list)
+
+
 class Recipe(_Section):
     """A comparison.
 
@@ -135,6 +151,10 @@ class Recipe(_Section):
         folds: nnU-Net's.
         seeds: Seeds of the runs.
         few_cases: Trainings on fewer cases.
+        pretraining: How weights are made that methods call ``pretrained``.
+        batch_size: Slices in a batch, in place of the planned number; the plans then need a name of
+            their own (``plans`` of the methods).
+        mirroring: Whether prediction averages mirrored images, as nnU-Net's default does.
         checkpoint: Which checkpoint predicts. ``best`` is chosen on the validation cases of the
             fold; the table says so.
         reference: Method that the others are compared with.
@@ -150,6 +170,9 @@ class Recipe(_Section):
     folds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     few_cases: FewCases | None = None
+    pretraining: Pretraining | None = None
+    batch_size: int | None = Field(None, ge=1)
+    mirroring: bool = True
     checkpoint: Literal["final", "best"] = "final"
     reference: str | None = None
     published: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
@@ -171,6 +194,10 @@ class Recipe(_Section):
         asked += [name for rows in self.published.values() for name in rows if name in methods]
         _known(asked, methods, "methods")
         _known(self.few_cases.budgets if self.few_cases else [], [b.name for b in self.budgets], "")
+        if self.pretraining is None and any(m.weights == PRETRAINED for m in self.methods):
+            raise ValueError(f"pretraining, which makes the weights that are called {PRETRAINED}")
+        if self.batch_size and (own := {m.plans for m in self.methods} & set(PLANS_OF.values())):
+            raise ValueError(f"plans of its own for its batch_size, but {own.pop()!r} is shared")
         if any(b.minutes for b in self.budgets) and not self.budgets[0].epochs:
             raise ValueError("a first budget with epochs, whose jobs give the time per epoch")
         return self
@@ -216,7 +243,7 @@ def _with_absolute_weights(recipe: Recipe, folder: Path) -> Recipe:
         given = method.weights
         if (
             given is None
-            or given == "none"
+            or given in ("none", PRETRAINED)
             or re.match(r"^\w+:", given)
             or Path(given).is_absolute()
         ):
@@ -246,5 +273,5 @@ def _short(value: Any) -> str:
 
 
 def _keys() -> list[str]:
-    sections = (Recipe, Dataset, Method, Budget, FewCases)
+    sections = (Recipe, Dataset, Method, Budget, FewCases, Pretraining)
     return [key for section in sections for key in section.model_fields]

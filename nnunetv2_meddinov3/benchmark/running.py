@@ -19,10 +19,12 @@ from nnunetv2_meddinov3.benchmark.jobs import (
     Command,
     Job,
     Preparation,
+    Weights,
     jobs,
     preparations,
     read_state,
     seconds_per_epoch,
+    weights_to_make,
     with_few_cases,
     write_state,
 )
@@ -64,13 +66,31 @@ def prepare(recipe: Recipe, out: Path, stream: TextIO | None = None) -> None:
                 f"{folders['nnUNet_raw'] / dataset.name} must be a raw dataset of nnU-Net, but has "
                 "no dataset.json: `meddinov3 dataset --help` says how to make the paper's."
             )
-    wanted = preparations(recipe)
-    with Progress(len(wanted), "configurations", title="prepare", stream=stream) as progress:
+    wanted, weights = preparations(recipe), weights_to_make(recipe)
+    steps = len(wanted) + len(weights)
+    with Progress(steps, "preparations", title="prepare", stream=stream) as progress:
         for preparation in wanted:
             _prepare_one(preparation, out)
             progress.advance(preparation.name)
+        for made in weights:
+            _make_weights(made, out, folders["nnUNet_raw"] / made.dataset.name)
+            progress.advance(made.name)
     for dataset in recipe.datasets:
         _write_folds(recipe, dataset, folders)
+        if recipe.batch_size is not None:
+            _set_batch_size(
+                recipe.batch_size, recipe, folders["nnUNet_preprocessed"] / dataset.name
+            )
+
+
+def _set_batch_size(batch_size: int, recipe: Recipe, place: Path) -> None:
+    """Write it into the plans of a dataset, once all is planned: planning anew resets it."""
+    for name in {method.plans for method in recipe.methods}:
+        path = place / f"{name}.json"
+        plans = json.loads(path.read_text(encoding="utf-8"))
+        for configuration in {m.configuration for m in recipe.methods if m.plans == name}:
+            plans["configurations"][configuration]["batch_size"] = batch_size
+        write_text(path, f"{json.dumps(plans, indent=4)}\n")
 
 
 def _prepare_one(preparation: Preparation, out: Path) -> None:
@@ -84,6 +104,14 @@ def _prepare_one(preparation: Preparation, out: Path) -> None:
             command = Command(command.arguments, command.variables | more)
         seconds = run_logged(command, folder / "log.txt")
         write_state(folder, done=True, seconds=seconds)
+
+
+def _make_weights(weights: Weights, out: Path, raw: Path) -> None:
+    folder = weights.folder(out)
+    with locked(folder, print):
+        if not read_state(folder).get("done"):
+            seconds = sum(run_logged(c, folder / "log.txt") for c in weights.commands(out, raw))
+            write_state(folder, done=True, seconds=seconds)
 
 
 def _write_folds(recipe: Recipe, dataset: Dataset, folders: Mapping[str, Path]) -> None:
@@ -223,7 +251,8 @@ def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], devic
     folds = _folds(job)
     fold = job.fold_text(folds)
     seconds = _train(job, out, fold, variables, device)
-    predictions = _predictions(job, out, fold, variables, device)
+    more = () if recipe.mirroring else ("--disable_tta",)
+    predictions = _predictions(job, out, fold, variables, device, more)
     raw = check_folders()["nnUNet_raw"] / job.dataset.name
     part = "labelsTs" if job.dataset.evaluate_on == "test" else "labelsTr"
     measured = ["evaluate", str(predictions), str(raw / part), "-o", str(folder / "evaluation")]
@@ -288,13 +317,12 @@ def _length(job: Job, recipe: Recipe, out: Path) -> tuple[int | None, int | None
 
 
 def _variables(job: Job, out: Path, epochs: int | None, iterations: int | None) -> dict[str, str]:
-    weights = job.method.weights
     chosen = {
         "nnUNet_results": str(job.folder(out) / "results"),
         "MEDDINOV3_EPOCHS": "" if epochs is None else str(epochs),
         "MEDDINOV3_ITERATIONS": "" if iterations is None else str(iterations),
         "MEDDINOV3_BACKBONE": job.method.backbone or "",
-        "MEDDINOV3_WEIGHTS": (weights or "").replace("{dataset}", job.dataset.name),
+        "MEDDINOV3_WEIGHTS": job.weights(out),
     }
     return {name: value for name, value in chosen.items() if value}
 
@@ -315,7 +343,14 @@ def _train(job: Job, out: Path, fold: str, variables: dict[str, str], device: st
     return run_logged(command, job.folder(out) / "train.txt")
 
 
-def _predictions(job: Job, out: Path, fold: str, variables: dict[str, str], device: str) -> Path:
+def _predictions(
+    job: Job,
+    out: Path,
+    fold: str,
+    variables: dict[str, str],
+    device: str,
+    more: Sequence[str],
+) -> Path:
     place = job.model_folder(out) / f"fold_{fold}"
     if job.dataset.evaluate_on == "validation":
         return place / "validation"
@@ -324,7 +359,7 @@ def _predictions(job: Job, out: Path, fold: str, variables: dict[str, str], devi
     arguments = ["-i", str(raw / "imagesTs"), "-o", str(target), "-d", job.dataset.number]
     arguments += ["-c", job.method.configuration, "-f", fold, "-tr", job.method.trainer]
     arguments += ["-p", job.method.plans, "-device", device, "--continue_prediction"]
-    arguments += ["-npp", "1", "-nps", "1", "-chk", f"checkpoint_{job.checkpoint}.pth"]
+    arguments += ["-npp", "1", "-nps", "1", "-chk", f"checkpoint_{job.checkpoint}.pth", *more]
     run_logged(
         Command(("nnUNetv2_predict", *arguments), variables), job.folder(out) / "predict.txt"
     )

@@ -9,10 +9,8 @@ transposed convolution per scale in front of nnU-Net's decoder of 32 to 256 chan
 ends at stride 2, and its logits are interpolated.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
-from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from jaxtyping import Float
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from nnunetv2_meddinov3.models.segdino import check_four_maps
 from nnunetv2_meddinov3.models.segmentation_network import ViTNetwork, resize
 from nnunetv2_meddinov3.models.spatial_adapter import Adapter
+from nnunetv2_meddinov3.models.unet_decoder import unet_decoder
 
 WIDTHS = [32, 64, 128, 256]  # nnU-Net's, the finest scale first
 
@@ -79,23 +78,7 @@ class UNetOnMaps(nn.Module):
         self.adapter = Adapter(channels, dim, drop_path)
         self.shared = nn.Conv2d(dim, rank, 1)
         self.scales = nn.ModuleList(ScaleProjection(dim, rank, width) for width in WIDTHS)
-        encoder = SimpleNamespace(
-            output_channels=WIDTHS,
-            strides=[2] * len(WIDTHS),
-            kernel_sizes=[3] * len(WIDTHS),
-            conv_op=nn.Conv2d,
-            conv_bias=True,
-            norm_op=nn.InstanceNorm2d,
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            dropout_op=None,
-            dropout_op_kwargs=None,
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-        )
-        self.unet: Any = UNetDecoder(encoder, num_classes, 2, deep_supervision=False)
-        # only the finest of the layers for deep supervision is used, and DDP forbids the others
-        for stage in range(len(self.unet.seg_layers) - 1):
-            self.unet.seg_layers[stage] = nn.Identity()
+        self.unet = unet_decoder(WIDTHS, num_classes)
 
     def forward(
         self,

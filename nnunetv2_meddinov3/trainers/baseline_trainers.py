@@ -7,10 +7,36 @@ nnU-Net's search imports every module of this folder.
 
 from typing import Any, ClassVar
 
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
 from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.models import segformer
-from nnunetv2_meddinov3.settings import backbone_setting
+from nnunetv2_meddinov3.settings import backbone_setting, check_variables, count_setting
 from nnunetv2_meddinov3.trainers.meddinov3_trainers import MedDINOv3Trainer
+
+
+class UNetTrainer(nnUNetTrainer):
+    """nnU-Net's own trainer and U-Net, for budgets that it has no trainer for.
+
+    ``MEDDINOV3_EPOCHS`` and ``MEDDINOV3_ITERATIONS`` are obeyed; all else is ``nnUNetTrainer``.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
+    ) -> None:
+        check_variables()
+        epochs, iterations = map(count_setting, ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS"))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if epochs is not None:
+            self.num_epochs = epochs
+        if iterations is not None:
+            fine_tuning.set_iterations(self, iterations)
 
 
 class SegFormerTrainer(MedDINOv3Trainer):

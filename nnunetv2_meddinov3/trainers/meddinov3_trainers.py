@@ -72,7 +72,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         self.weight_decay = self.decay
         self.num_epochs = epochs or self.epochs
         if iterations is not None:
-            self._set_iterations(iterations)
+            fine_tuning.set_iterations(self, iterations)
         self.enable_deep_supervision = False
         self._step_guard: StepGuard | None = None
         self._resumed_architecture: dict[str, Any] | None = None
@@ -81,10 +81,6 @@ class MedDINOv3Trainer(nnUNetTrainer):
         """Predict and measure the validation cases, once it is certain that labels are there."""
         readiness.check_labels(self)
         super().perform_actual_validation(save_probabilities)
-
-    def _set_iterations(self, iterations: int) -> None:
-        self.num_iterations_per_epoch = iterations
-        self.num_val_iterations_per_epoch = max(1, iterations // 5)
 
     def initialize(self) -> None:
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.
@@ -213,7 +209,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         told = [count_setting(name) for name in ("MEDDINOV3_EPOCHS", "MEDDINOV3_ITERATIONS")]
         self.num_epochs = told[0] or epochs or self.num_epochs
         if told[1] is None and iterations not in (None, self.num_iterations_per_epoch):
-            self._set_iterations(iterations)
+            fine_tuning.set_iterations(self, iterations)
         self._say_once(
             f"The checkpoint has done {done} of {self.num_epochs} epochs of "
             f"{self.num_iterations_per_epoch} iterations."
@@ -379,6 +375,25 @@ class MedDINOv3Trainer_250epochs(MedDINOv3Trainer):
     """The paper's recipe in 250 epochs."""
 
     epochs = 250
+
+
+class MedDINOv3Trainer_v2(MedDINOv3Trainer):
+    """The project's own recipe: convolutions beside the ViT see what its tokens cannot.
+
+    AdamW (0.9, 0.98), weight decay 5e-2, 1e-3 for the decoder.
+    """
+
+    network_class = fine_tuning.DETAIL_SEGMENTER
+    decoder_lr = 1e-3
+    vit_lr = 1e-4
+    layer_decay = 0.8
+    drop_path = 0.1
+
+    def _parameter_groups(self, network: Any) -> list[dict[str, Any]]:
+        """Return the decoder's group and one per block of the ViT."""
+        decoder = {"params": list(network.decoder.parameters()), "lr": self.decoder_lr}
+        vit = fine_tuning.layerwise_groups(network.backbone, self.vit_lr, self.layer_decay)
+        return [decoder, *vit]
 
 
 class MedDINOv3Trainer_demo(MedDINOv3Trainer_scratch):

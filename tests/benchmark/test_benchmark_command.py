@@ -258,6 +258,52 @@ def test_a_dataset_that_is_not_there_is_refused_before_any_work(place, monkeypat
         run_faked(place, monkeypatch)
 
 
+def test_the_batch_size_is_written_once_all_is_planned(place, monkeypatch):
+    methods = [{**m, "plans": "mine"} for m in RECIPE["methods"]]
+    methods.append({**methods[0], "name": "stock", "configuration": "2d"})
+    recipe = {**RECIPE, "methods": methods, "batch_size": 3, "mirroring": False}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    commands, leave = [], fake([])
+
+    def run_logged(command, log):
+        commands.append(command)
+        if "nnUNetv2_plan_and_preprocess" not in command.arguments:
+            return leave(command, log)
+        folder = place / "preprocessed" / "Dataset701_Discs"
+        folder.mkdir(parents=True, exist_ok=True)
+        planned = {name: {"batch_size": 99} for name in ("2d", "2d_64", "3d_fullres")}
+        (folder / "mine.json").write_text(json.dumps({"configurations": planned}))
+        return 1.0
+
+    monkeypatch.setattr(running, "run_logged", run_logged)
+    for _ in range(2):
+        assert benchmark(place, "run", "-device", "cpu") == 0
+    plans = json.loads((place / "preprocessed" / "Dataset701_Discs" / "mine.json").read_text())
+    sizes = {name: c["batch_size"] for name, c in plans["configurations"].items()}
+    assert sizes == {"2d": 3, "2d_64": 3, "3d_fullres": 99}
+    predicted = [c.arguments for c in commands if "nnUNetv2_predict" in c.arguments]
+    assert predicted
+    assert all("--disable_tta" in arguments for arguments in predicted)
+
+
+def test_weights_are_made_before_they_are_used_and_once(place, monkeypatch, capsys):
+    methods = [{**RECIPE["methods"][0], "weights": "pretrained"}, RECIPE["methods"][1]]
+    recipe = {**RECIPE, "methods": methods, "pretraining": {"config": "tiny_stage1"}}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    benchmark(place, "plan")
+    said = capsys.readouterr().out
+    assert said.index("meddinov3 curate") < said.index("meddinov3 pretrain tiny_stage1")
+    _, commands = run_faked(place, monkeypatch)
+    made = [c for c in commands if {"curate", "pretrain"} & set(c.arguments)]
+    assert commands.index(made[-1]) < commands.index(trained(commands)[0])
+    weights = [c.variables.get("MEDDINOV3_WEIGHTS") for c in trained(commands)]
+    assert {w for w in weights if w} == {
+        str(place / "out/prepared/Dataset701_Discs__pretrained/run/stage1/teacher.safetensors")
+    }
+    _, commands = run_faked(place, monkeypatch)
+    assert commands == []
+
+
 @pytest.mark.slow
 def test_a_comparison_runs_to_its_report_by_stock_commands(place, capsys):
     few = {**RECIPE, "budgets": RECIPE["budgets"][:1], "few_cases": None}

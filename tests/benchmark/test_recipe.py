@@ -1,11 +1,18 @@
 """Recipes: what they may say, and the jobs that come of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
-from nnunetv2_meddinov3.benchmark.jobs import jobs, preparations, seconds_per_epoch, with_few_cases
+from nnunetv2_meddinov3.benchmark.jobs import (
+    jobs,
+    preparations,
+    seconds_per_epoch,
+    weights_to_make,
+    with_few_cases,
+)
 from nnunetv2_meddinov3.benchmark.recipe import SHIPPED, load_recipe
 from nnunetv2_meddinov3.discovery import PLANNERS, TRAINERS
 from nnunetv2_meddinov3.errors import UserError
@@ -56,6 +63,39 @@ def test_every_configuration_is_prepared_once(tmp_path):
     assert len(found) == 4
     assert found[1].command().variables == {"MEDDINOV3_SIZE": "64"}
     assert "-pl MedDINOv3Planner -c 2d_64" in str(found[1].command())
+
+
+def test_plans_of_another_name_are_planned_under_it(tmp_path):
+    methods = [{**m, "plans": "nnUNetPlans_mine"} for m in RECIPE["methods"]]
+    recipe = load_recipe(write(tmp_path, methods=methods, batch_size=4))
+    for preparation in preparations(recipe):
+        assert preparation.command().arguments[-2:] == (
+            "-overwrite_plans_name",
+            "nnUNetPlans_mine",
+        )
+    with pytest.raises(UserError, match="plans of its own for its batch_size, but 'nnUNetMed"):
+        load_recipe(write(tmp_path, batch_size=4))
+
+
+def test_weights_are_made_of_the_training_images_of_each_dataset(tmp_path):
+    methods = [RECIPE["methods"][0], {**RECIPE["methods"][1], "weights": "pretrained"}]
+    with pytest.raises(UserError, match="must have pretraining, which makes the weights"):
+        load_recipe(write(tmp_path, methods=methods))
+    pretraining = {"config": "tiny_stage1", "changes": ["--steps", "7"]}
+    recipe = load_recipe(write(tmp_path, methods=methods, pretraining=pretraining))
+    first, second = weights_to_make(recipe)
+    curate, pretrain = (c.arguments[3:] for c in first.commands(tmp_path, tmp_path / "raw"))
+    raw = str(tmp_path / "raw")
+    assert curate[:4] == ("curate", raw, "--exclude", raw)
+    assert pretrain[:4] == ("pretrain", "tiny_stage1", "--stage", "1")
+    assert pretrain[-2:] == ("--steps", "7")
+    assert curate[curate.index("--store") + 1] == pretrain[pretrain.index("--store") + 1]
+    run = pretrain[pretrain.index("--out") + 1]
+    for made, dataset in ((first, "Dataset801_A"), (second, "Dataset1802_B")):
+        job = next(j for j in jobs(recipe) if (j.dataset.name, j.method.name) == (dataset, "ours"))
+        assert made.folder(tmp_path) in Path(job.weights(tmp_path)).parents
+    assert jobs(recipe)[1].weights(tmp_path) == f"{run}/stage1/teacher.safetensors"
+    assert jobs(recipe)[0].weights(tmp_path) == ""
 
 
 def test_weights_are_found_from_the_recipes_folder(tmp_path):

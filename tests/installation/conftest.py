@@ -81,6 +81,24 @@ class Environment:
         )
         return self.process("-c", program, *arguments, **variables)
 
+    def stock_session(self, *commands, **variables):
+        """The finished process in which several console commands of nnU-Net's ran in turn.
+
+        Args:
+            commands: Lists of a name and its arguments.
+            variables: Of the environment.
+        """
+        program = (
+            "import json, sys; from importlib.metadata import entry_points\n"
+            "def main():\n"
+            "    for sys.argv in json.loads(sys.argv[1]):\n"
+            "        (entry,) = entry_points(group='console_scripts', name=sys.argv[0])\n"
+            "        entry.load()()\n"
+            "if __name__ == '__main__':\n"
+            "    main()"
+        )
+        return self.process("-c", program, json.dumps(commands), **variables)
+
     def where(self, *names, **variables):
         """What nnU-Net's own search finds under each name: ``module.Class`` or ``Error: ...``."""
         program = STOCK_SEARCH + "print(json.dumps([where(name) for name in sys.argv[1:]]))"

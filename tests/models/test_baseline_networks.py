@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from nnunetv2_meddinov3 import fine_tuning
 from nnunetv2_meddinov3.models import segformer
 from nnunetv2_meddinov3.models.architecture import SIZES
+from nnunetv2_meddinov3.models.detail_segmenter import DetailSegmenter
 from nnunetv2_meddinov3.models.dino_unet import DinoUNet
 from nnunetv2_meddinov3.models.sam_decoder import SamSegmenter
 from nnunetv2_meddinov3.models.segdino import SegDINO
@@ -36,6 +37,7 @@ NETWORKS = {
     "dino_unet": (fine_tuning.DINO_UNET, on_a_vit),
     "sam": (fine_tuning.SAM_SEGMENTER, lambda channels: on_a_vit(channels, drop_path=0.3)),
     "sam_x4": (fine_tuning.SAM_SEGMENTER, lambda channels: on_a_vit(channels, input_scale=4)),
+    "detail": (fine_tuning.DETAIL_SEGMENTER, lambda channels: on_a_vit(channels, width=8)),
     "matched": (fine_tuning.SEGMENTER, lambda channels: on_a_vit(channels, layers=[3], copies=4)),
 }
 
@@ -196,6 +198,29 @@ def test_decoders_of_four_maps_refuse_others(network_class):
     eight = {**TINY.to_dict(), "patch_size": 8}
     with pytest.raises(ValueError, match="patches of 8 pixels"):
         network_class(1, 2, eight)
+
+
+def test_the_detail_segmenter_sees_pixels_and_tokens():
+    network = build("detail").eval()
+    images = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        before = network(images)
+        shifted = network(images.roll(1, dims=-1))
+        assert not torch.allclose(before.roll(1, dims=-1), shifted, atol=1e-3)
+        for parameter in network.decoder.context.parameters():
+            parameter.zero_()
+        without = network(images)
+    assert (before - without).abs().mean() > 1e-2
+    with torch.no_grad():
+        for parameter in network.backbone.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(network(images), without)
+
+
+def test_the_detail_segmenter_refuses_other_patches():
+    backbone = {**TINY.to_dict(), "patch_size": 8}
+    with pytest.raises(ValueError, match="a ViT with patches of 16 pixels, got 8"):
+        DetailSegmenter(1, 2, backbone)
 
 
 def test_a_light_decoder_sees_every_map():

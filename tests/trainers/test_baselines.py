@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from safetensors.torch import save_file
 
 from nnunetv2_meddinov3 import discovery
@@ -16,7 +17,9 @@ from nnunetv2_meddinov3.models import load_backbone, segformer
 NAMES = [
     *(name for name, module in discovery.TRAINERS.items() if module.endswith("baseline_trainers")),
     "MedDINOv3Trainer_singlescale_matched",
+    "MedDINOv3Trainer_v2",
 ]
+NAMES.remove("UNetTrainer")  # nnU-Net's own
 ON_A_VIT = [name for name in NAMES if "SegFormer" not in name]
 FROZEN = ["SegDINOTrainer", "DinoUNetTrainer"]
 
@@ -36,7 +39,8 @@ def make(workplace):
         plans["configurations"]["2d"].update(changes)
         dataset = json.loads((folder / "dataset.json").read_text())
         plans["continue_training"] = False
-        return discovery.resolve(name)(plans, "2d", 0, dataset, torch.device("cpu"))
+        kind = nnUNetTrainer if name == "nnUNetTrainer" else discovery.resolve(name)
+        return kind(plans, "2d", 0, dataset, torch.device("cpu"))
 
     return trainer
 
@@ -83,6 +87,41 @@ def test_each_baseline_has_its_recipe_and_the_length_of_the_others(name, kind, r
     exponent = 0.9 if "SegFormer" in name or kind == "SGD" else 1.0
     trainer.lr_scheduler.step(500)
     assert [g["lr"] for g in groups] == pytest.approx([r * 0.5**exponent for r in rates])
+
+
+def test_the_unet_is_nnunets_own_but_for_its_length(make, workplace, monkeypatch):
+    monkeypatch.setenv("MEDDINOV3_EPOCHS", "7")
+    monkeypatch.setenv("MEDDINOV3_ITERATIONS", "11")
+    trainer = make("UNetTrainer")
+    stock = make("nnUNetTrainer")
+    for one in (trainer, stock):
+        one.initialize()
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (7, 11)
+    assert trainer.num_val_iterations_per_epoch == 2
+    assert (stock.num_epochs, stock.num_iterations_per_epoch) == (1000, 250)
+    shapes = [{n: t.shape for n, t in x.network.state_dict().items()} for x in (trainer, stock)]
+    assert shapes[0] == shapes[1]
+    assert trainer.enable_deep_supervision
+    assert {type(x.optimizer) for x in (trainer, stock)} == {torch.optim.SGD}
+    overridden = {name for name in vars(type(trainer)) if not name.startswith("__")}
+    assert overridden == set()
+
+
+def test_the_vit_of_v2_learns_more_slowly_towards_the_image(make):
+    trainer = make("MedDINOv3Trainer_v2")
+    trainer.initialize()
+    decoder, *vit = trainer.optimizer.param_groups
+    assert decoder["lr"] == trainer.decoder_lr
+    rates = [group["lr"] for group in vit]
+    decay = trainer.layer_decay
+    assert rates == pytest.approx([trainer.vit_lr * decay**n for n in range(len(rates))])
+    blocks = trainer.network.backbone.vit.blocks
+    by_id = {id(p): group["lr"] for group in vit for p in group["params"]}
+    assert {by_id[id(p)] for p in blocks[-1].parameters()} == {trainer.vit_lr}
+    stem = trainer.network.backbone.vit.patch_embed.proj.weight
+    assert by_id[id(stem)] == pytest.approx(trainer.vit_lr * decay ** len(blocks))
+    grouped = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert grouped == sum(p.requires_grad for p in trainer.network.parameters())
 
 
 def test_networks_are_what_their_names_say(make):
