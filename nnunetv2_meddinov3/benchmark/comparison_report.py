@@ -7,10 +7,18 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
 from nnunetv2_meddinov3.benchmark.recipe import ALL, Recipe
-from nnunetv2_meddinov3.benchmark.results import SCORES, Results, Scores, scores, settings
+from nnunetv2_meddinov3.benchmark.results import (
+    SCORES,
+    Results,
+    Scores,
+    nanmean,
+    scores,
+    settings,
+)
 from nnunetv2_meddinov3.evaluation.figures import TITLES, label_plot
 from nnunetv2_meddinov3.evaluation.metrics import LOWER_IS_BETTER
 from nnunetv2_meddinov3.evaluation.report import in_words
@@ -23,6 +31,7 @@ from nnunetv2_meddinov3.evaluation.statistics import (
 from nnunetv2_meddinov3.evaluation.summary import OVER_LABELS
 from nnunetv2_meddinov3.html import Block, Items, Picture, Section, Table, Text, write_page
 
+_WORST = 5  # patients that are shown
 _HOW = (
     "Means over labels of the means over patients; a patient's score is the mean over seeds. In "
     "brackets 95 % bootstrap intervals over patients: they say how the mean depends on who was "
@@ -61,7 +70,23 @@ def _setting(
     if len(dice.tables) > 1:
         blocks += [_tests(recipe, dice, "dice"), *_ranks(dice)]
     blocks.append(Picture(_plot(dice), "Mean Dice of each label and method, with intervals"))
+    blocks += _worst(dice)
     return blocks
+
+
+def _worst(found: Scores) -> list[Block]:
+    """Show the patients that all methods together do worst on."""
+    means = {method: nanmean(table.T) for method, table in found.tables.items()}
+    overall = nanmean(np.stack(list(means.values())))
+    worst = [n for n in np.argsort(overall) if not np.isnan(overall[n])][:_WORST]
+    rows = [[found.patients[n], *(_score(scores[n]) for scores in means.values())] for n in worst]
+    said = "The worst patients, mean Dice over labels and seeds. The report of each job, "
+    said += "jobs/*/evaluation/report.html, shows its own with an error map."
+    return [Text(said), Table(["patient", *means], rows)]
+
+
+def _score(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _table(

@@ -161,7 +161,7 @@ def preparations(recipe: Recipe) -> list[Preparation]:
     """Return what must be planned and preprocessed, each once."""
     found: dict[str, Preparation] = {}
     for dataset in recipe.datasets:
-        for method in recipe.methods:
+        for method in (m for m in recipe.methods if m.is_trained_on(dataset)):
             preparation = Preparation(dataset, method)
             found.setdefault(preparation.name, preparation)
     return list(found.values())
@@ -183,18 +183,30 @@ def jobs(recipe: Recipe) -> list[Job]:
 
 
 def _jobs(recipe: Recipe) -> Iterator[Job]:
-    few = recipe.few_cases
     for budget in recipe.budgets:
         for seed in recipe.seeds:
             for dataset in recipe.datasets:
                 for fold in recipe.folds:
                     for method in recipe.methods:
-                        yield Job(dataset, method, budget, fold, seed, None, recipe.checkpoint)
-                        if few and method.name in few.methods and budget.name in few.budgets:
-                            for number in few.numbers:
-                                yield Job(
-                                    dataset, method, budget, fold, seed, number, recipe.checkpoint
-                                )
+                        for cases in _cases(recipe, dataset, method, budget):
+                            yield Job(dataset, method, budget, fold, seed, cases, recipe.checkpoint)
+
+
+def _cases(
+    recipe: Recipe, dataset: Dataset, method: Method, budget: Budget
+) -> Iterator[int | None]:
+    """Return the numbers of cases that a method is trained with, None for all of them."""
+    if not method.is_trained_on(dataset):
+        return
+    yield None
+    few = recipe.few_cases
+    if (
+        few is not None
+        and method.name in few.methods
+        and budget.name in few.budgets
+        and (few.datasets is None or dataset.name in few.datasets)
+    ):
+        yield from few.numbers
 
 
 def read_state(folder: Path) -> dict[str, Any]:

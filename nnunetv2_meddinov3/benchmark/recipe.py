@@ -67,6 +67,7 @@ class Method(_Section):
             ``{dataset}`` in it, each dataset has its own. ``pretrained`` are those that the
             recipe's ``pretraining`` makes.
         backbone: ``MEDDINOV3_BACKBONE``.
+        datasets: Names of those that it is trained on; None for all.
         gpu_hours: Of one training, an estimate.
         note: For the report.
     """
@@ -78,8 +79,13 @@ class Method(_Section):
     plans: str = "nnUNetMedDINOv3Plans"
     weights: str | None = None
     backbone: str | None = None
+    datasets: list[str] | None = None
     gpu_hours: float | None = None
     note: str = ""
+
+    def is_trained_on(self, dataset: Dataset) -> bool:
+        """Whether a dataset is one of its own."""
+        return self.datasets is None or dataset.name in self.datasets
 
     @property
     def size(self) -> str | None:
@@ -120,11 +126,13 @@ class FewCases(_Section):
         numbers: Of training cases.
         methods: Names.
         budgets: Names.
+        datasets: Names; None for all.
     """
 
     numbers: list[int] = Field(min_length=1)
     methods: list[str]
     budgets: list[str]
+    datasets: list[str] | None = None
 
 
 class Pretraining(_Section):
@@ -193,7 +201,10 @@ class Recipe(_Section):
         asked += self.few_cases.methods if self.few_cases else []
         asked += [name for rows in self.published.values() for name in rows if name in methods]
         _known(asked, methods, "methods")
-        _known(self.few_cases.budgets if self.few_cases else [], [b.name for b in self.budgets], "")
+        _known(self.few_cases.budgets if self.few_cases else [], [b.name for b in self.budgets])
+        listed = [name for method in self.methods for name in method.datasets or ()]
+        listed += (self.few_cases.datasets or []) if self.few_cases else []
+        _known(listed, [d.name for d in self.datasets], "datasets")
         if self.pretraining is None and any(m.weights == PRETRAINED for m in self.methods):
             raise ValueError(f"pretraining, which makes the weights that are called {PRETRAINED}")
         if self.batch_size and (own := {m.plans for m in self.methods} & set(PLANS_OF.values())):
@@ -203,12 +214,12 @@ class Recipe(_Section):
         return self
 
 
-def _known(asked: list[str], known: list[str], what: str) -> None:
+def _known(asked: list[str], known: list[str], what: str = "budgets") -> None:
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"names of its {what or 'budgets'}, but {name!r} is none{hint}")
+            raise ValueError(f"names of its {what}, but {name!r} is none{hint}")
 
 
 def load_recipe(name_or_path: str) -> Recipe:

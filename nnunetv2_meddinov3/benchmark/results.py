@@ -108,11 +108,13 @@ class Scores:
         tables: Method -> (patient, label), means over seeds and over a patient's cases.
         seeds: Method -> mean over patients and labels of each seed.
         labels: Of the columns.
+        patients: Of the rows.
     """
 
     tables: dict[str, np.ndarray]
     seeds: dict[str, list[float]]
     labels: list[str]
+    patients: list[str]
 
 
 def scores(
@@ -147,12 +149,12 @@ def scores(
             for key, numbers in values.items():
                 found[key] = sum(numbers) / len(numbers)
             per_seed.append(found)
-        tables[method] = _nanmean(np.stack(per_seed))
-        seeds[method] = [float(_nanmean(_nanmean(t)[None].T)[0]) for t in per_seed]
-    return Scores(tables, seeds, labels)
+        tables[method] = nanmean(np.stack(per_seed))
+        seeds[method] = [float(nanmean(nanmean(t)[None].T)[0]) for t in per_seed]
+    return Scores(tables, seeds, labels, patients)
 
 
-def _nanmean(stack: np.ndarray) -> np.ndarray:
+def nanmean(stack: np.ndarray) -> np.ndarray:
     """Return the mean over the first axis, NaN left out; NaN where there is nothing else."""
     known = ~np.isnan(stack)
     with np.errstate(invalid="ignore"):

@@ -78,17 +78,17 @@ def prepare(recipe: Recipe, out: Path, stream: TextIO | None = None) -> None:
     for dataset in recipe.datasets:
         _write_folds(recipe, dataset, folders)
         if recipe.batch_size is not None:
-            _set_batch_size(
-                recipe.batch_size, recipe, folders["nnUNet_preprocessed"] / dataset.name
-            )
+            place = folders["nnUNet_preprocessed"] / dataset.name
+            _set_batch_size(recipe.batch_size, recipe, dataset, place)
 
 
-def _set_batch_size(batch_size: int, recipe: Recipe, place: Path) -> None:
+def _set_batch_size(batch_size: int, recipe: Recipe, dataset: Dataset, place: Path) -> None:
     """Write it into the plans of a dataset, once all is planned: planning anew resets it."""
-    for name in {method.plans for method in recipe.methods}:
+    methods = [m for m in recipe.methods if m.is_trained_on(dataset)]
+    for name in {method.plans for method in methods}:
         path = place / f"{name}.json"
         plans = json.loads(path.read_text(encoding="utf-8"))
-        for configuration in {m.configuration for m in recipe.methods if m.plans == name}:
+        for configuration in {m.configuration for m in methods if m.plans == name}:
             plans["configurations"][configuration]["batch_size"] = batch_size
         write_text(path, f"{json.dumps(plans, indent=4)}\n")
 

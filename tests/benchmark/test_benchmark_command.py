@@ -234,6 +234,7 @@ def test_the_report_has_our_numbers_beside_the_published_ones(place, monkeypatch
     assert "Dataset701_Discs, equal iterations, all training cases" in text
     assert "Dataset701_Discs, equal iterations, 2 training cases" in text
     assert "91.5" in text
+    assert re.search(r"The worst patients, .* patient one two 6 0\.\d{3} 0\.\d{3} 7 0\.", text)
     assert "three (published)" in text
     assert "They used other discs." in text
     assert "- (below 6 patients)" in text

@@ -57,6 +57,19 @@ def test_jobs_are_all_combinations_each_once(tmp_path):
     assert [job.seed for job in found[:16]] == [0] * 8 + [1] * 8
 
 
+def test_methods_and_few_cases_can_be_for_some_datasets(tmp_path):
+    methods = [{**RECIPE["methods"][0], "datasets": ["Dataset801_A"]}, RECIPE["methods"][1]]
+    few = {**RECIPE["few_cases"], "datasets": ["Dataset1802_B"]}
+    recipe = load_recipe(write(tmp_path, methods=methods, few_cases=few))
+    found = {(j.dataset.number, j.method.name, j.cases) for j in jobs(recipe)}
+    unet = {("801", "U-Net", None)}
+    assert found == unet | {("801", "ours", None)} | {("1802", "ours", n) for n in (None, 5, 20)}
+    assert len(preparations(recipe)) == 3
+    few["datasets"] = ["Dataset1802_C"]
+    with pytest.raises(UserError, match=r"names of its datasets, .* did you mean 'Dataset1802_B'"):
+        load_recipe(write(tmp_path, few_cases=few))
+
+
 def test_every_configuration_is_prepared_once(tmp_path):
     twice = [*RECIPE["methods"], {**RECIPE["methods"][1], "name": "again"}]
     found = preparations(load_recipe(write(tmp_path, methods=twice)))
