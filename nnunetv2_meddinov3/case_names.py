@@ -21,8 +21,13 @@ def patient_pattern(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def patient_in(name: str, pattern: re.Pattern[str] | None) -> str:
+def patient_in(name: str, pattern: re.Pattern[str] | None, advice: str = "") -> str:
     """Return the pattern's first group, or whole match; the name itself without a pattern.
+
+    Args:
+        name: Of a case or file.
+        pattern: Of ``--patients``.
+        advice: What to do, for the end of the sentence.
 
     Raises:
         UserError: If the pattern does not match the name, or matches no character of it.
@@ -34,6 +39,7 @@ def patient_in(name: str, pattern: re.Pattern[str] | None) -> str:
     if not patient:
         how = "does not match" if match is None else "finds no patient in"
         raise UserError(
-            f"--patients must find a patient in every name, but {pattern.pattern!r} {how} {name!r}."
+            f"--patients must find a patient in every name, but {pattern.pattern!r} {how} "
+            f"{name!r}{advice}."
         )
     return str(patient)

@@ -24,34 +24,37 @@ _PLANNER_HOST = "nnunetv2.experiment_planning.experiment_planners.default_experi
 
 _BASELINE_MODULE = "nnunetv2_meddinov3.trainers.baseline_trainers"
 
-TRAINERS = dict.fromkeys(
-    (
-        "MedDINOv3Trainer",
-        "DINOv3Trainer",
-        "MedDINOv3Trainer_scratch",
-        "MedDINOv3Trainer_singlescale",
-        "MedDINOv3Trainer_singlescale_matched",
-        "DINOv3Trainer_singlescale",
-        "DINOv3Trainer_singlescale_matched",
-        "MedDINOv3Trainer_frozen",
-        "MedDINOv3Trainer_NoMirroring",
-        "MedDINOv3Trainer_50epochs",
-        "MedDINOv3Trainer_250epochs",
-        "MedDINOv3Trainer_v2",
-        "MedDINOv3Trainer_demo",
-    ),
-    _TRAINER_MODULE,
-) | dict.fromkeys(
-    (
-        "MedDINOv3Trainer_sam",
-        "MedDINOv3Trainer_sam_x4",
-        "UNetTrainer",
-        "SegFormerTrainer",
-        "SegFormerTrainer_imagenet",
-        "DinoUNetTrainer",
-        "SegDINOTrainer",
-    ),
-    _BASELINE_MODULE,
+TRAINERS = (
+    dict.fromkeys(
+        (
+            "MedDINOv3Trainer",
+            "DINOv3Trainer",
+            "MedDINOv3Trainer_scratch",
+            "MedDINOv3Trainer_singlescale",
+            "MedDINOv3Trainer_singlescale_matched",
+            "DINOv3Trainer_singlescale",
+            "DINOv3Trainer_singlescale_matched",
+            "MedDINOv3Trainer_frozen",
+            "MedDINOv3Trainer_NoMirroring",
+            "MedDINOv3Trainer_50epochs",
+            "MedDINOv3Trainer_250epochs",
+            "MedDINOv3Trainer_demo",
+        ),
+        _TRAINER_MODULE,
+    )
+    | dict.fromkeys(
+        (
+            "MedDINOv3Trainer_sam",
+            "MedDINOv3Trainer_sam_x4",
+            "UNetTrainer",
+            "SegFormerTrainer",
+            "SegFormerTrainer_imagenet",
+            "DinoUNetTrainer",
+            "SegDINOTrainer",
+        ),
+        _BASELINE_MODULE,
+    )
+    | {"MedDINOv3Trainer_v2": "nnunetv2_meddinov3.trainers.meddinov3_v2_trainer"}
 )
 """Name of each trainer -> module that defines it."""
 

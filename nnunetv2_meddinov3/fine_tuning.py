@@ -7,7 +7,6 @@ neither a variable nor a weights file.
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_meddinov3 import discovery
 from nnunetv2_meddinov3.errors import UserError
@@ -28,7 +26,6 @@ from nnunetv2_meddinov3.models.architecture import (
     architecture_of,
     differences,
 )
-from nnunetv2_meddinov3.models.backbone import Backbone
 from nnunetv2_meddinov3.models.build import stem_channels
 from nnunetv2_meddinov3.models.contracts import HU, NORMALISED, contracts_of
 from nnunetv2_meddinov3.models.formats import parse_state_dict
@@ -51,65 +48,6 @@ LIBRARY = "the library's"
 
 # names that a run's length has in the optimiser's groups, and so in every checkpoint
 _LENGTH = ("num_epochs", "num_iterations")
-
-
-class GroupwisePolyLR(LRScheduler):
-    """Polynomial decay that keeps the ratio between parameter groups.
-
-    nnU-Net's own scheduler writes one learning rate into every group. This one scales each group's
-    ``initial_lr`` by ``(1 - step / max_steps) ** exponent`` and is a function of the step alone, so
-    a resumed run continues exactly.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, max_steps: int, exponent: float = 1.0
-    ) -> None:
-        self.max_steps, self.exponent = max_steps, exponent
-        super().__init__(optimizer)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Set the learning rates of an epoch (nnU-Net passes it); of the next one without it."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        factor = max(0.0, 1 - self.last_epoch / self.max_steps) ** self.exponent
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-
-def adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    """Return the paper's optimiser for groups with learning rates of their own."""
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.98))
-
-
-def layerwise_groups(
-    backbone: Backbone, learning_rate: float, decay: float
-) -> list[dict[str, Any]]:
-    """Return a group per block of a ViT, each with ``decay`` times the rate of the next one.
-
-    The last block and the final norm have the rate itself; what comes before the blocks has that of
-    the first, decayed once more. Parameters without a gradient are left out.
-
-    Args:
-        backbone: The ViT.
-        learning_rate: Of the last block.
-        decay: Factor from a block to the one before; 1 gives one group.
-    """
-    depth = backbone.architecture.depth
-    groups: dict[int, list[nn.Parameter]] = {}
-    for name, parameter in backbone.named_parameters():
-        if parameter.requires_grad:
-            block = re.search(r"\bblocks\.(\d+)\.", name)
-            at = int(block[1]) + 1 if block else depth if ".norm." in name else 0
-            groups.setdefault(0 if decay == 1 else depth - at, []).append(parameter)
-    return [
-        {"params": parameters, "lr": learning_rate * decay**below}
-        for below, parameters in sorted(groups.items())
-    ]
-
-
-def nnunet_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    """Return nnU-Net's kind of optimiser for groups with learning rates of their own."""
-    return torch.optim.SGD(groups, weight_decay=weight_decay, momentum=0.99, nesterov=True)
 
 
 def set_iterations(trainer: Any, iterations: int) -> None:

@@ -8,11 +8,12 @@ for each axis, squeezes the anatomy where the patch is not square; here one fact
 existing plans; both call ``add_configuration``.
 """
 
+import contextlib
 import copy
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +104,8 @@ class MedDINOv3Planner(ExperimentPlanner):
         Returns:
             The plans as written.
         """
-        plans = super().plan_experiment()
+        with _a_thread_for_the_planner():
+            plans = super().plan_experiment()
         folder = Path(str(nnUNet_preprocessed), self.dataset_name)
         others = other_plans(folder, self.plans_identifier)
         for name in ("2d", "3d_fullres", "3d_lowres"):
@@ -180,6 +182,22 @@ class MedDINOv3Planner(ExperimentPlanner):
             "configurations": {name: planned},
         }
         return preprocessing(expected, name)
+
+
+@contextlib.contextmanager
+def _a_thread_for_the_planner() -> Iterator[None]:
+    """Let nnU-Net plan where ``nnUNet_n_proc_DA`` is 0, as it may be for training.
+
+    nnU-Net takes this number of augmentation processes for one of threads, and torch refuses 0.
+    """
+    if os.environ.get("nnUNet_n_proc_DA") != "0":
+        yield
+        return
+    os.environ["nnUNet_n_proc_DA"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["nnUNet_n_proc_DA"] = "0"
 
 
 def add_configuration(

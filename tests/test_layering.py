@@ -19,8 +19,16 @@ MAX_LINES = 400
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
 SHARED = {"errors", "files", "locks", "progress", "html", "signals", "raw_dataset", "settings"}
-SHARED |= {"processes", "case_names"}
-NNUNET_SIDE = {"trainers", "fine_tuning", "folds", "step_guard", "planning", "planning_cli"}
+SHARED |= {"processes", "case_names", "invalid"}
+NNUNET_SIDE = {
+    "trainers",
+    "fine_tuning",
+    "optimisation",
+    "folds",
+    "step_guard",
+    "planning",
+    "planning_cli",
+}
 NNUNET_SIDE |= {"preprocessed", "unet"}  # parts of planning
 MAY_IMPORT = {
     "__init__": set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,12 @@ class Command:
         parts = ["python" if part == sys.executable else part for part in self.arguments]
         if parts[: len(_OURS)] == ["python", *_OURS[1:]]:
             parts[: len(_OURS)] = ["meddinov3"]
-        return variables + " ".join(parts)
+        return variables + " ".join(map(_quoted, parts))
+
+
+def _quoted(part: str) -> str:
+    """Return a word for a shell; variables stay as they are."""
+    return part if re.fullmatch(r"[\w@%+=:,./$-]+", part) else shlex.quote(part)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.invalid import first_sentence
 
 SHIPPED = Path(__file__).parent / "recipes"
 ALL = "all"
@@ -112,7 +113,7 @@ class Budget(_Section):
     @model_validator(mode="after")
     def _one_of_them(self) -> Budget:
         if self.minutes is not None and (self.epochs is not None or self.iterations is not None):
-            raise ValueError("minutes, or epochs and iterations, not both")
+            raise UserError("a budget must have minutes, or epochs and iterations, not both.")
         return self
 
 
@@ -195,7 +196,9 @@ class Recipe(_Section):
         ):
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise ValueError(f"{what} of different names, but {twice[0]!r} stands twice")
+                raise UserError(
+                    f"a recipe must have {what} of different names, but {twice[0]!r} stands twice."
+                )
         methods = [m.name for m in self.methods]
         asked = [self.reference] if self.reference else []
         asked += self.few_cases.methods if self.few_cases else []
@@ -206,11 +209,18 @@ class Recipe(_Section):
         listed += (self.few_cases.datasets or []) if self.few_cases else []
         _known(listed, [d.name for d in self.datasets], "datasets")
         if self.pretraining is None and any(m.weights == PRETRAINED for m in self.methods):
-            raise ValueError(f"pretraining, which makes the weights that are called {PRETRAINED}")
+            raise UserError(
+                f"a recipe must have pretraining, which makes the weights called {PRETRAINED}."
+            )
         if self.batch_size and (own := {m.plans for m in self.methods} & set(PLANS_OF.values())):
-            raise ValueError(f"plans of its own for its batch_size, but {own.pop()!r} is shared")
+            raise UserError(
+                "a recipe must have plans of its own for its batch_size, but "
+                f"{own.pop()!r} is shared."
+            )
         if any(b.minutes for b in self.budgets) and not self.budgets[0].epochs:
-            raise ValueError("a first budget with epochs, whose jobs give the time per epoch")
+            raise UserError(
+                "a recipe must have a first budget with epochs, whose jobs give the time per epoch."
+            )
         return self
 
 
@@ -218,8 +228,8 @@ def _known(asked: list[str], known: list[str], what: str = "budgets") -> None:
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"names of its {what}, but {name!r} is none{hint}")
+            hint = f": did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"a recipe must have names of its {what}, but {name!r} is none{hint}")
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -245,7 +255,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_in_words(error)}") from error
+        raise UserError(f"{path}: {first_sentence(error, _unknown, 'a recipe')}") from error
     return _with_absolute_weights(recipe, path.resolve().parent)
 
 
@@ -264,23 +274,10 @@ def _with_absolute_weights(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"methods": [absolute(m) for m in recipe.methods]})
 
 
-def _in_words(error: ValidationError) -> str:
-    """Return the first error as a sentence, with the nearest key for a misspelt one."""
-    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
-    key = ".".join(map(str, found["loc"]))
-    if found["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(found["loc"][-1]), _keys(), 1)
-        return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else ".")
-    if found["type"] == "value_error":
-        return f"{key or 'a recipe'} must have {found['ctx']['error']}."
-    if found["type"] == "missing":
-        return f"{key} must be given."
-    return f"{key} is wrong, got {_short(found['input'])}: {found['msg']}."
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _unknown(key: str) -> str:
+    """Return the sentence on a key that is not known, with the nearest one that is."""
+    near = difflib.get_close_matches(key.rpartition(".")[2], _keys(), 1)
+    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else ".")
 
 
 def _keys() -> list[str]:

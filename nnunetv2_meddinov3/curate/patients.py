@@ -6,22 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nnunetv2_meddinov3.case_names import patient_in
 from nnunetv2_meddinov3.curate.volume import VolumeSource
 from nnunetv2_meddinov3.errors import UserError
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Return the regular expression of ``--patients``.
-
-    Raises:
-        UserError: If it is none.
-    """
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"--patients must be a regular expression, got {pattern!r}: {error}."
-        ) from error
 
 
 def named_by(pattern: re.Pattern[str], sources: Sequence[VolumeSource]) -> list[VolumeSource]:
@@ -38,14 +25,8 @@ def named_by(pattern: re.Pattern[str], sources: Sequence[VolumeSource]) -> list[
         if source.kind == "dicom":
             named.append(source)
             continue
-        match = pattern.search(source.patient)
-        patient = match and (match.group(1) if pattern.groups else match.group(0))
-        if not patient:
-            how = "does not match" if match is None else "finds no patient in"
-            raise UserError(
-                f"--patients must find a patient in every name, but {pattern.pattern!r} {how} "
-                f"{source.patient!r} ({source.key}): change it, or curate such files apart."
-            )
+        advice = f" ({source.key}): change it, or curate such files apart"
+        patient = patient_in(source.patient, pattern, advice)
         named.append(replace(source, patient=patient))
     if named and all(source.kind == "dicom" for source in named):
         raise UserError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from nnunetv2_meddinov3.case_names import patient_pattern
 from nnunetv2_meddinov3.curate.discover import find_sources
 from nnunetv2_meddinov3.curate.ingest import Job, Outcome, skipped
 from nnunetv2_meddinov3.curate.leakage import (
@@ -21,7 +22,7 @@ from nnunetv2_meddinov3.curate.leakage import (
     mark_compared,
 )
 from nnunetv2_meddinov3.curate.modalities import check_modality
-from nnunetv2_meddinov3.curate.patients import compiled, named_by
+from nnunetv2_meddinov3.curate.patients import named_by
 from nnunetv2_meddinov3.curate.privacy import Names
 from nnunetv2_meddinov3.curate.report import write_report
 from nnunetv2_meddinov3.curate.slices import SliceRules
@@ -203,7 +204,7 @@ def curate(
     _check_numbers(workers, shard)
     check_modality(modality)
     check_target(Path(store), shard)
-    pattern = None if patients is None else compiled(patients)
+    pattern = None if patients is None else patient_pattern(patients)
     arguments, excluded = [Path(path) for path in sources], [Path(path) for path in exclude]
     found, refused = find_sources(arguments)
     if not found and not refused:

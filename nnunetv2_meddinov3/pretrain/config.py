@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from nnunetv2_meddinov3.errors import UserError, first_line
+from nnunetv2_meddinov3.invalid import first_sentence
 from nnunetv2_meddinov3.pretrain.earlier_keys import (
     REMOVED,
     refuse_other_than,
@@ -47,22 +48,6 @@ from nnunetv2_meddinov3.pretrain.schema import (  # noqa: F401
 _SHIPPED = Path(__file__).parent / "configs"
 REFERENCE_BATCH = 512  # the batch at which the learning rates of configs hold
 LEFT_TO_THE_WEIGHTS = ("qkv_bias", "norm_eps", "rope_dtype")  # keys of model that may be None
-# What must hold, by pydantic's type of an error.
-_MUST_BE = {
-    "missing": "given",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list such as [1,2]",
-    "model_type": "a section with keys of its own",
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "above {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "below {lt:g}",
-    "too_short": "a list of at least {min_length}",
-}
 
 
 def available() -> list[str]:
@@ -301,27 +286,7 @@ def _checked(values: dict[str, Any], where: str) -> StageConfig:
     try:
         return StageConfig.model_validate(values)
     except ValidationError as error:
-        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise UserError(_sentence(errors[0], where)) from error
-
-
-def _sentence(error: Any, where: str) -> str:
-    """Return pydantic's error as one sentence: the key, what must hold and what came."""
-    key, context = ".".join(map(str, error["loc"])), error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        return _unknown(key, where)
-    if isinstance(context.get("error"), UserError):
-        return str(context["error"])
-    if error["type"] == "value_error":
-        wanted = str(context["error"])
-    elif error["type"] == "literal_error":
-        choices = re.findall(r"[\w.]+", context["expected"].replace(" or ", " "))
-        wanted = f"one of {', '.join(choices)}"
-    else:
-        known = _MUST_BE.get(error["type"])
-        wanted = known.format(**context) if known else error["msg"]
-    came = "" if error["type"] == "missing" else f", got {error['input']!r}"
-    return f"{key} must be {wanted}{came}."
+        raise UserError(first_sentence(error, lambda key: _unknown(key, where))) from error
 
 
 def _unknown(key: str, where: str) -> str:

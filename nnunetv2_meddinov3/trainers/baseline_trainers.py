@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_meddinov3 import fine_tuning
+from nnunetv2_meddinov3 import fine_tuning, optimisation
 from nnunetv2_meddinov3.models import segformer
 from nnunetv2_meddinov3.settings import backbone_setting, check_variables, count_setting
 from nnunetv2_meddinov3.trainers.meddinov3_trainers import MedDINOv3Trainer
@@ -110,7 +110,7 @@ class DinoUNetTrainer(MedDINOv3Trainer):
     """
 
     network_class = fine_tuning.DINO_UNET
-    make_optimizer = staticmethod(fine_tuning.nnunet_sgd)
+    make_optimizer = staticmethod(optimisation.nnunet_sgd)
     weights = "timm:vit_base_patch16_dinov3.lvd1689m"
     decoder_lr = 1e-3
     decay = 3e-5
@@ -126,7 +126,7 @@ class MedDINOv3Trainer_sam(MedDINOv3Trainer):
     """
 
     network_class = fine_tuning.SAM_SEGMENTER
-    make_optimizer = staticmethod(fine_tuning.nnunet_sgd)
+    make_optimizer = staticmethod(optimisation.nnunet_sgd)
     decoder_lr = vit_lr = 1e-3
     decay = 3e-5
     lr_exponent = 0.9

@@ -14,7 +14,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_meddinov3 import fine_tuning, folds, readiness
+from nnunetv2_meddinov3 import fine_tuning, folds, optimisation, readiness
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmentation_network import Network
@@ -40,7 +40,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
     epochs = 1000
     decoder_lr = 3e-4
     vit_lr = 3e-5
-    make_optimizer = staticmethod(fine_tuning.adamw)
+    make_optimizer = staticmethod(optimisation.adamw)
     decay = 5e-2
     lr_exponent = 1.0  # of the decay of the learning rates
     layers: list[int] | str | None = None  # the end of every quarter: 2, 5, 8, 11 of 12
@@ -259,7 +259,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         """Return an optimiser with a group for each learning rate, and their decay."""
         groups = self._parameter_groups(self._unwrapped_network())
         optimizer = self.make_optimizer(groups, self.weight_decay)
-        return optimizer, fine_tuning.GroupwisePolyLR(optimizer, self.num_epochs, self.lr_exponent)
+        return optimizer, optimisation.GroupwisePolyLR(optimizer, self.num_epochs, self.lr_exponent)
 
     def _parameter_groups(self, network: Any) -> list[dict[str, Any]]:
         """Return the decoder's group, and the ViT's where it is trained."""
@@ -375,25 +375,6 @@ class MedDINOv3Trainer_250epochs(MedDINOv3Trainer):
     """The paper's recipe in 250 epochs."""
 
     epochs = 250
-
-
-class MedDINOv3Trainer_v2(MedDINOv3Trainer):
-    """The project's own recipe: convolutions beside the ViT see what its tokens cannot.
-
-    AdamW (0.9, 0.98), weight decay 5e-2, 1e-3 for the decoder.
-    """
-
-    network_class = fine_tuning.DETAIL_SEGMENTER
-    decoder_lr = 1e-3
-    vit_lr = 1e-4
-    layer_decay = 0.8
-    drop_path = 0.1
-
-    def _parameter_groups(self, network: Any) -> list[dict[str, Any]]:
-        """Return the decoder's group and one per block of the ViT."""
-        decoder = {"params": list(network.decoder.parameters()), "lr": self.decoder_lr}
-        vit = fine_tuning.layerwise_groups(network.backbone, self.vit_lr, self.layer_decay)
-        return [decoder, *vit]
 
 
 class MedDINOv3Trainer_demo(MedDINOv3Trainer_scratch):

@@ -66,7 +66,7 @@ def test_methods_and_few_cases_can_be_for_some_datasets(tmp_path):
     assert found == unet | {("801", "ours", None)} | {("1802", "ours", n) for n in (None, 5, 20)}
     assert len(preparations(recipe)) == 3
     few["datasets"] = ["Dataset1802_C"]
-    with pytest.raises(UserError, match=r"names of its datasets, .* did you mean 'Dataset1802_B'"):
+    with pytest.raises(UserError, match=r"names of its datasets, .*: did you mean 'Dataset1802_B'"):
         load_recipe(write(tmp_path, few_cases=few))
 
 
@@ -92,7 +92,7 @@ def test_plans_of_another_name_are_planned_under_it(tmp_path):
 
 def test_weights_are_made_of_the_training_images_of_each_dataset(tmp_path):
     methods = [RECIPE["methods"][0], {**RECIPE["methods"][1], "weights": "pretrained"}]
-    with pytest.raises(UserError, match="must have pretraining, which makes the weights"):
+    with pytest.raises(UserError, match="must have pretraining, which makes the weights called"):
         load_recipe(write(tmp_path, methods=methods))
     pretraining = {"config": "tiny_stage1", "changes": ["--steps", "7"]}
     recipe = load_recipe(write(tmp_path, methods=methods, pretraining=pretraining))
@@ -145,13 +145,16 @@ WRONG = {
     "key": ({"seed": [1]}, "unknown key seed: did you mean seeds"),
     "key inside": ({"methods": [{**A_METHOD, "trainr": "x"}]}, r"methods\.0\.trainr: did you mean"),
     "missing": ({"methods": [{"name": "x"}]}, r"methods\.0\.trainer must be given"),
-    "dataset": ({"datasets": [{"name": "AMOS"}]}, r"datasets\.0\.name is wrong, got 'AMOS'"),
+    "dataset": (
+        {"datasets": [{"name": "AMOS"}]},
+        r"datasets\.0\.name must be text of the form .*, got 'AMOS'",
+    ),
     "configuration": (
         {"methods": [{**A_METHOD, "configuration": "3d_fullres"}]},
-        r"configuration is wrong, got '3d_fullres'",
+        r"configuration must be .*, got '3d_fullres'",
     ),
     "twice": ({"methods": [A_METHOD, A_METHOD]}, "'U-Net' stands twice"),
-    "reference": ({"reference": "U-net"}, "'U-net' is none, did you mean 'U-Net'"),
+    "reference": ({"reference": "U-net"}, "'U-net' is none: did you mean 'U-Net'"),
     "few": (
         {"few_cases": {"numbers": [1], "methods": ["ours"], "budgets": ["x"]}},
         "names of its budgets, but 'x' is none",
@@ -161,8 +164,8 @@ WRONG = {
         {"budgets": [{"name": "a", "minutes": 1}], "few_cases": None},
         "a first budget with epochs",
     ),
-    "no methods": ({"methods": []}, "methods is wrong"),
-    "number": ({"seeds": ["x"]}, r"seeds\.0 is wrong"),
+    "no methods": ({"methods": []}, "methods must be a list of at least 1, got"),
+    "number": ({"seeds": ["x"]}, r"seeds\.0 must be a whole number, got 'x'"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 
 import blosc2
@@ -47,6 +48,14 @@ def test_the_planner_adds_to_what_nnunet_plans(dataset, folder, monkeypatch):
     assert max(added["patch_size"]) == 128
     assert added["batch_size"] <= max(2, _stock_limit(dataset, added))
     assert not [name for name in [OURS, *ours["configurations"]] if "__" in name]
+
+
+@pytest.mark.slow
+def test_no_augmentation_processes_do_not_stop_the_planner(dataset, folder, monkeypatch):
+    before = plan(dataset.number)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert plan(dataset.number) == before
+    assert os.environ["nnUNet_n_proc_DA"] == "0"
 
 
 def _stock_limit(dataset, added):

@@ -184,16 +184,11 @@ _PROTOTYPES = "heads={dino: {prototypes: 16384}, ibot: {prototypes: 16384}}"
 @pytest.mark.parametrize(
     "words",
     [
-        ["tiny_stage1"],
         ["tiny_stage2_gram"],
-        ["tiny_stage3_highres"],
         ["tiny_stage1", "optim.batch_size=64", "engine.micro_batch=16"],
         ["tiny_stage1", "optim.batch_size=96", "engine.micro_batch=8", _PROTOTYPES],
         ["tiny_stage3_highres", "engine.micro_batch=32", "engine.activation_checkpointing=true"],
         ["tiny_stage1", _SMALL, "optim.batch_size=8"],
-        ["tiny_stage2_gram", _SMALL, "optim.batch_size=24"],
-        ["tiny_stage3_highres", _SMALL, "optim.batch_size=16"],
-        ["tiny_stage1", _SMALL, "engine.activation_checkpointing=true"],
     ],
     ids=" ".join,
 )

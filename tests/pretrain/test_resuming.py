@@ -244,14 +244,14 @@ def environment():
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(small_stage, tmp_path):
-    overrides = small_stage("optim.steps=40", "engine.save_every=3", "data.workers=1")
+    overrides = small_stage("optim.steps=21", "engine.save_every=3", "data.workers=1")
     rng = np.random.default_rng(int(os.environ.get("MEDDINOV3_TEST_SEED", "0")))
     done = subprocess.run(
         command(overrides, tmp_path / "whole"), env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     kills = 0
-    for _ in range(12):
+    for _ in range(6):
         process = subprocess.Popen(
             command(overrides, tmp_path / "killed"),
             env=environment(),

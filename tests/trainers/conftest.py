@@ -125,7 +125,7 @@ def _write(array, path):
     sitk.WriteImage(image, str(path))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def fast_nnunet():
     """Threads for processes, few intensity samples, no progress plot; our names registered."""
     with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,7 @@ def short_run(monkeypatch):
     monkeypatch.setenv("MEDDINOV3_ITERATIONS", "2")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workplace(fast_nnunet, tmp_path_factory):
     """One workplace with Dataset001 (background, two labels, one channel), ready to train."""
     place = Workplace(tmp_path_factory.mktemp("nnunet"))

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunetv2_meddinov3.case_names import patient_in, patient_pattern
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.models.contracts import HU, NORMALISED
 from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
@@ -91,7 +92,8 @@ class ProbeData:
                 f"{dataset.folder / 'dataset.json'} must name labels, but it names none."
             )
         cases = _cases(dataset)
-        names = {case: _patient(case, patients) for case in cases}
+        pattern = None if patients is None else patient_pattern(patients)
+        names = {case: patient_in(case, pattern) for case in cases}
         held_out = _split(dataset.folder, names, seed)
         # as nnU-Net has it: values are HU where the channel is called CT
         is_ct = "ct" in re.split(r"[^a-z0-9]+", dataset.channel_names.get(0, "").lower())
@@ -138,20 +140,6 @@ def _cases(dataset: RawDataset) -> dict[str, tuple[Path, Path]]:
             file=sys.stderr,
         )
     return cases
-
-
-def _patient(case: str, pattern: str | None) -> str:
-    if pattern is None:
-        return case
-    try:
-        match = re.search(pattern, case)
-    except re.error as error:
-        raise UserError(
-            f"--patients must be a regular expression, got {pattern!r}: {error}."
-        ) from error
-    if match is None:
-        raise UserError(f"--patients must match every case, but {pattern!r} does not match {case}.")
-    return match.group(1) if match.groups() else match.group(0)
 
 
 def _split(folder: Path, patients: dict[str, str], seed: int) -> set[str]:

@@ -258,7 +258,7 @@ def test_the_command_compares_weights_in_a_table(dataset, tmp_path, capsys):
         (["--size", "8"], "--size must be at least 32"),
         (["--slices-per-case", "0"], "--slices-per-case must be at least 1"),
         (["--patients", "("], "--patients must be a regular expression"),
-        (["--patients", "x"], "--patients must match every case"),
+        (["--patients", "x"], "--patients must find a patient in every name"),
         (["--patients", "p"], "at least two patients"),
         (["--device", "cuda"], "--device cuda needs a GPU"),
     ],

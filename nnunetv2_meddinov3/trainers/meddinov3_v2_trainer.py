@@ -1,0 +1,28 @@
+"""The project's own recipe, beside the paper's.
+
+Only trainer classes live here, because nnU-Net's search imports every module of this folder.
+"""
+
+from typing import Any
+
+from nnunetv2_meddinov3 import fine_tuning, optimisation
+from nnunetv2_meddinov3.trainers.meddinov3_trainers import MedDINOv3Trainer
+
+
+class MedDINOv3Trainer_v2(MedDINOv3Trainer):
+    """The project's own recipe: convolutions beside the ViT see what its tokens cannot.
+
+    AdamW (0.9, 0.98), weight decay 5e-2, 1e-3 for the decoder.
+    """
+
+    network_class = fine_tuning.DETAIL_SEGMENTER
+    decoder_lr = 1e-3
+    vit_lr = 1e-4
+    layer_decay = 0.8
+    drop_path = 0.1
+
+    def _parameter_groups(self, network: Any) -> list[dict[str, Any]]:
+        """Return the decoder's group and one per block of the ViT."""
+        decoder = {"params": list(network.decoder.parameters()), "lr": self.decoder_lr}
+        vit = optimisation.layerwise_groups(network.backbone, self.vit_lr, self.layer_decay)
+        return [decoder, *vit]
