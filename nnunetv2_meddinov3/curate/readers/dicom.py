@@ -37,7 +37,7 @@ from nnunetv2_meddinov3.curate.volume import (
     plain_text,
 )
 
-MODALITIES = ("CT", "MR")
+MODALITIES = ("CT", "MR", "PT")
 MAX_RATIO = 2000  # of a slice to its file; the codecs of DICOM hardly reach a tenth of it
 MAX_NAMED = 5  # images in a note
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -46,14 +46,14 @@ SCOUT_WORDS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")  # in I
 
 
 def check_kind(header: SliceHeader) -> None:
-    """Refuse what is not a single grey CT or MR image, or whose values mean nothing.
+    """Refuse what is not a single grey CT, MR or PET image, or whose values mean nothing.
 
     Raises:
         Unreadable: With the reason.
     """
     modality = header.text("Modality")
     if modality not in MODALITIES:
-        raise Unreadable(f"its modality is {modality or 'not stated'}, not CT or MR")
+        raise Unreadable(f"its modality is {modality or 'not stated'}, not {', '.join(MODALITIES)}")
     sop_class = header.text("SOPClassUID")
     if f"{sop_class}.".startswith(f"{SECONDARY_CAPTURE}."):
         raise Unreadable("it is a secondary capture (a screenshot), not an acquired image")
@@ -221,7 +221,7 @@ def _slices(files: Sequence[tuple[Path, Sequence[int]]], left_out: _LeftOut) -> 
         left_out.add(header.name, "of another size, orientation or pixel spacing")
     with_rescale = [header for header in first if header.has_rescale]
     without = [header for header in first if not header.has_rescale]
-    if not with_rescale or not without or first[0].text("Modality") != "CT":
+    if not with_rescale or not without or first[0].text("Modality") == "MR":
         return first
     kept, others = sorted((without, with_rescale), key=len, reverse=True)
     for header in others:

@@ -169,6 +169,24 @@ def coronal(write_series, ct, indices):
     )  # fmt: skip
 
 
+def test_a_pet_series_is_read_with_the_slope_of_each_slice(ct, write_series):
+    def change(k, tags):  # becquerels per millilitre, each slice scaled to its own largest value
+        slope = {"t0028_1053": str(1 + k), "t0028_1052": "0"}
+        return {**tags, "t0008_0060": "PT", "t0008_0016": "1.2.840.10008.5.1.4.1.1.128", **slope}
+
+    counts = sitk.Abs(ct)
+    counts.CopyInformation(ct)
+    folder = write_series(image=counts, change=change)
+    (source,) = find_sources([folder])[0]
+    array = sitk.GetArrayFromImage(counts)
+    slopes = (1 + np.arange(len(array)))[:, None, None]
+    stored = array // slopes  # GDCM writes so that the slope gives the values again
+    np.testing.assert_array_equal(reorient(read(source)).array, stored * slopes)
+    volume = read_volume(source)
+    assert volume.modality == "PT"
+    assert volume.intensity is not None  # mapped, as all that is no HU
+
+
 def test_a_coronal_series_is_cut_into_axial_slices(ct, write_series):
     volume = read_only(coronal(write_series, ct, range(20)))
     np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(ct))
@@ -184,8 +202,7 @@ def test_a_coronal_series_with_missing_slices_is_refused(ct, write_series):
 @pytest.mark.parametrize(
     ("tags", "words"),
     [
-        ({"t0008_0060": "PT"}, "its modality is PT, not CT or MR"),
-        ({"t0008_0060": "US"}, "its modality is US, not CT or MR"),
+        ({"t0008_0060": "US"}, "its modality is US, not CT, MR, PT"),
         ({"t0008_0008": "DERIVED\\SECONDARY\\LOCALIZER"}, "it is a localizer (scout)"),
         ({"t0008_0016": "1.2.840.10008.5.1.4.1.1.7"}, "it is a secondary capture"),
         ({"t0028_1052": "1e7", "t0028_1053": "1"}, "its rescale is absurd"),
@@ -214,7 +231,7 @@ def test_header_text_that_is_no_unicode_is_escaped_in_the_reason(write_series):
     data = path.read_bytes()
     at = data.index(b"\x08\x00\x60\x00") + 8
     path.write_bytes(data[:at] + b"C\x99" + data[at + 2 :])
-    assert reason(folder) == "its modality is C\\udc99, not CT or MR"
+    assert reason(folder) == "its modality is C\\udc99, not CT, MR, PT"
 
 
 def test_colour_images_are_refused(tmp_path, write_dicom):

@@ -210,7 +210,7 @@ def test_one_dummy_uid_for_all_images_makes_no_copies(write_pass):
     ("tags", "reason"),
     [
         ({"t0008_0016": "1.2.840.10008.5.1.4.1.1.7"}, "it is a secondary capture (a screenshot)"),
-        ({"t0008_0060": "OT"}, "its modality is OT, not CT or MR"),
+        ({"t0008_0060": "OT"}, "its modality is OT, not CT, MR, PT"),
         ({"t0020_0037": "0\\1\\0\\0\\0\\-1"}, "of another size, orientation"),
         ({"t0008_0008": "DERIVED\\SECONDARY\\SCOUT"}, "it is a localizer"),
         ({"spacing": (2.0, 2.0)}, "of another size, orientation or pixel spacing"),
