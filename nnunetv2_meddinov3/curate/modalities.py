@@ -38,6 +38,12 @@ SAMPLED = 16  # slices looked at for label maps
 MAX_SAMPLE = 4_000_000  # voxels that HU are judged by
 
 
+_LEFT_OUT = (
+    "modality unknown: pretraining leaves it out unless data.modalities names unknown, or "
+    "--modality said what it is"
+)
+
+
 def check_modality(modality: str | None) -> None:
     """Refuse a stated modality that is none.
 
@@ -83,6 +89,8 @@ def identify(volume: Volume, source: VolumeSource, stated: str | None = None) ->
         notes.append("8-bit values, taken as windowed")
     elif modality != "CT":
         intensity = mapping_of(array).facts()
+        if modality == "unknown":
+            notes.append(_LEFT_OUT)
     elif (padding := padding_value(array)) is not None:
         share = np.count_nonzero(array == padding) / array.size
         notes.append(f"padding value {padding} outside the field of view ({share:.0%}), kept")
