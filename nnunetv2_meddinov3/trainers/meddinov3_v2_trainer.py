@@ -12,7 +12,9 @@ from nnunetv2_meddinov3.trainers.meddinov3_trainers import MedDINOv3Trainer
 class MedDINOv3Trainer_v2(MedDINOv3Trainer):
     """The project's own recipe: convolutions beside the ViT see what its tokens cannot.
 
-    AdamW (0.9, 0.98), weight decay 5e-2, 1e-3 for the decoder.
+    AdamW (0.9, 0.98) with weight decay 5e-2 and nnU-Net's gradient clipping; 1e-3 for the decoder
+    with its convolutions, 1e-4 for the ViT's last block and 0.8 of the next one's rate for each
+    block before, linear decay, drop path 0.1. Not the paper's: that is ``MedDINOv3Trainer``.
     """
 
     network_class = fine_tuning.DETAIL_SEGMENTER

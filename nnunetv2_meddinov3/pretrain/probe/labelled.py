@@ -21,7 +21,7 @@ from nnunetv2_meddinov3.case_names import patient_in, patient_pattern
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.models.contracts import HU, NORMALISED
 from nnunetv2_meddinov3.raw_dataset import RawDataset, open_raw_dataset
-from nnunetv2_meddinov3.store.mapping import mapping_of
+from nnunetv2_meddinov3.store.mapping import Mapping, mapping_of
 
 DEFAULT_SIZE = 224  # pixels
 DEFAULT_SLICES = 8  # of a case
@@ -97,10 +97,10 @@ class ProbeData:
         held_out = _split(dataset.folder, names, seed)
         # as nnU-Net has it: values are HU where the channel is called CT
         is_ct = "ct" in re.split(r"[^a-z0-9]+", dataset.channel_names.get(0, "").lower())
-        unit = HU if is_ct else NORMALISED
+        unit = HU if is_ct and not _is_windowed(next(iter(cases.values()))[0]) else NORMALISED
         slices, whose, is_held_out = [], [], []
         for case, (image, label) in cases.items():
-            for each in _read_case(image, label, dataset, unit, slices_per_case):
+            for each in _read_case(image, label, dataset, unit, is_ct, slices_per_case):
                 slices.append(_resized(each, size))
                 whose.append(names[case])
                 is_held_out.append(case in held_out)
@@ -180,13 +180,27 @@ def _validation_cases(path: Path) -> set[str]:
         raise UserError(f"{path} must be nnU-Net's list of folds, but it is not.") from error
 
 
+def _is_windowed(image: Path) -> bool:
+    """Whether an image has 8 bits, which a CT's values in HU do not fit into."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(image))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return False  # said when it is read
+    return reader.GetPixelID() in (sitk.sitkUInt8, sitk.sitkVectorUInt8)
+
+
 def _read_case(
-    image: Path, label: Path, dataset: RawDataset, unit: str, count: int
+    image: Path, label: Path, dataset: RawDataset, unit: str, is_ct: bool, count: int
 ) -> list[_Slice]:
-    """Read some axial slices of a case, in HU or normalised by the whole volume."""
+    """Read some axial slices of a case, in HU or normalised as curation does it.
+
+    That is by the percentiles of the volume, and by the ends of its window for a CT of 8 bits.
+    """
     values, labels = _read_pair(image, label)
     if unit == NORMALISED:
-        mapping = mapping_of(values)
+        mapping = Mapping(0.0, 255.0) if is_ct else mapping_of(values)
         values = mapping.normalised(values) if mapping.has_contrast else np.zeros(values.shape)
     masks = np.stack([np.isin(labels, each) for each in dataset.labels.values()], axis=1)
     ignored = np.zeros(labels.shape, bool) if dataset.ignore is None else labels == dataset.ignore

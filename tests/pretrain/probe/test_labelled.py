@@ -136,7 +136,7 @@ def test_pictures_in_colours_are_taken_for_grey(write_dataset, tmp_path):
     folder = write_dataset(tmp_path / "Dataset006", cases, {"background": 0, "bright": 1}, ".png")
     data = ProbeData.from_nnunet(folder, size=64)
     assert data.images.shape == (2, 1, 64, 64)
-    np.testing.assert_array_equal(data.images[0, 0].numpy(), grey)
+    np.testing.assert_allclose(255 * data.images[0, 0].numpy(), grey, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +155,19 @@ def test_a_dataset_that_cannot_be_probed_is_one_sentence(dataset, tmp_path, fact
     with pytest.raises(UserError, match=sentence) as caught:
         ProbeData.from_nnunet(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_of_a_ct_are_windows_and_no_hu(tmp_path, write_dataset):
+    rng = np.random.default_rng(0)
+    cases = {}
+    for case in range(6):
+        image = rng.integers(0, 256, (40, 48)).astype(np.uint8)
+        image[0, :2] = 0, 255
+        label = np.zeros_like(image)
+        label[10:20, 10:20] = 1
+        cases[f"case_{case}"] = (image, label)
+    folder = write_dataset(tmp_path / "Dataset007", cases, {"background": 0, "square": 1}, ".png")
+    data = ProbeData.from_nnunet(folder, size=48)
+    assert data.unit == "normalised"
+    assert 0 <= float(data.images.min()) < 0.1
+    assert 0.9 < float(data.images.max()) <= 1.1  # resized by a cubic spline
