@@ -85,13 +85,14 @@ class Environment:
         """The finished process in which several console commands of nnU-Net's ran in turn.
 
         Args:
-            commands: Lists of a name and its arguments.
+            commands: Pairs of further variables, and a name with its arguments.
             variables: Of the environment.
         """
         program = (
-            "import json, sys; from importlib.metadata import entry_points\n"
+            "import json, os, sys; from importlib.metadata import entry_points\n"
             "def main():\n"
-            "    for sys.argv in json.loads(sys.argv[1]):\n"
+            "    for more, sys.argv in json.loads(sys.argv[1]):\n"
+            "        os.environ.update(more)\n"
             "        (entry,) = entry_points(group='console_scripts', name=sys.argv[0])\n"
             "        entry.load()()\n"
             "if __name__ == '__main__':\n"

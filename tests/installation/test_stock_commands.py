@@ -86,11 +86,15 @@ class Desk:
         return hashes(self.root / out)
 
     def session(self, *commands):
-        """Run commands one after the other in one process, which imports torch once."""
-        commands = [[str(part) for part in command] for command in commands]
-        more = {"nnUNet_n_proc_DA": "0"}
-        done = self.environment.stock_session(*commands, **self.variables, **more)
+        """Run commands one after the other in one process, which imports torch once.
+
+        A command is a list, or a pair of the desk whose folders it uses and a list.
+        """
+        pairs = [command if isinstance(command, tuple) else (self, command) for command in commands]
+        chosen = [(desk.variables, [str(part) for part in command]) for desk, command in pairs]
+        done = self.environment.stock_session(*chosen, nnUNet_n_proc_DA="0")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
 
 
 def hashes(folder):
@@ -100,22 +104,17 @@ def hashes(folder):
     }
 
 
-@pytest.mark.parametrize("make", [make_dataset, make_real_dataset])
-def test_train_here_predict_there_without_the_weights_file(
-    make, either, installed, released_file, tmp_path
-):
-    if make is make_real_dataset and either is not installed:
-        pytest.skip("the real dataset runs in the wheel's environment; the other is the same code")
+def test_train_here_predict_there_without_the_weights_file(installed, released_file, tmp_path):
     weights = tmp_path / "model.pth"
     released_file(weights)
     here = Desk(
-        either,
+        installed,
         tmp_path / "here",
         MEDDINOV3_WEIGHTS=str(weights),
         MEDDINOV3_EPOCHS="2",
         MEDDINOV3_ITERATIONS="4",
     )
-    number = make(tmp_path / "here" / "raw")
+    number = make_dataset(tmp_path / "here" / "raw")
     here.prepare(number, "64")
     log = here.train(number, "64")
     assert "training checkpoint, teacher.backbone" in log
@@ -178,46 +177,65 @@ def test_the_unmodified_recipe_runs_with_a_vit_base_in_the_released_format(
     assert network["backbone"]["qkv_bias"] is False
 
 
-# The stock commands of the one with larger images are those of the one it is derived from.
-BASELINES = [
+# Not those that differ from another in weights or options alone.
+TRAVELLERS = [
     name
     for name, module in TRAINERS.items()
-    if module.endswith("baseline_trainers") and not name.endswith("_x4")
+    if module.endswith("baseline_trainers") and not name.endswith(("_x4", "_imagenet"))
 ]
+
+
+def travel(ready, there, number, trainer, folder):
+    """Train, predict, export; import elsewhere and predict the same images."""
+    images = shutil.copytree(next(ready.root.glob(f"raw/Dataset{number}_*/imagesTs")), folder / "x")
+    archive, first, second = folder / "model.zip", folder / "first", folder / "second"
+    chosen = ("-c", "2d_64", "-f", "0", "-tr", trainer, *PLANS)
+    predict = ["nnUNetv2_predict", "-i", images, "-npp", "0", "-nps", "0", *HERE, *chosen]
+    predict += ["-d", number]
+    log = ready.session(
+        ["nnUNetv2_train", number, "2d_64", "0", "-tr", trainer, *PLANS, *HERE],
+        [*predict, "-o", first],
+        ["nnUNetv2_export_model_to_zip", "-d", number, "-o", archive, *chosen],
+        (there, ["nnUNetv2_install_pretrained_model_from_zip", archive]),
+        (there, [*predict, "-o", second]),
+    )
+    assert hashes(first)
+    assert hashes(first) == hashes(second)
+    return log
+
+
+def new_desk(environment, root, weights="none"):
+    return Desk(
+        environment,
+        root,
+        MEDDINOV3_WEIGHTS=weights,
+        MEDDINOV3_BACKBONE="vit_tiny",
+        MEDDINOV3_EPOCHS="1",
+        MEDDINOV3_ITERATIONS="2",
+    )
 
 
 @pytest.fixture(scope="module")
 def ready(installed, tmp_path_factory):
     """A desk with a planned and preprocessed dataset, for runs of two iterations."""
-    desk = Desk(
-        installed,
-        tmp_path_factory.mktemp("baselines"),
-        MEDDINOV3_WEIGHTS="none",
-        MEDDINOV3_BACKBONE="vit_tiny",
-        MEDDINOV3_EPOCHS="1",
-        MEDDINOV3_ITERATIONS="2",
-    )
+    desk = new_desk(installed, tmp_path_factory.mktemp("baselines"))
     desk.prepare(make_dataset(desk.root / "raw"), "64")
     return desk
 
 
-@pytest.mark.parametrize(
-    "trainer", [*BASELINES, "MedDINOv3Trainer_v2", "MedDINOv3Trainer_singlescale_matched"]
-)
+@pytest.mark.parametrize("trainer", [*TRAVELLERS, "MedDINOv3Trainer_v2"])
 def test_each_trainer_trains_predicts_and_travels(trainer, ready, installed, tmp_path):
-    images = next(ready.root.glob("raw/Dataset*/imagesTs"))
-    archive, first, second = tmp_path / "model.zip", tmp_path / "here", tmp_path / "there"
-    chosen = ("-c", "2d_64", "-f", "0", "-tr", trainer, *PLANS)
-    predict = ["nnUNetv2_predict", "-i", images, "-npp", "0", "-nps", "0", *HERE, *chosen]
-    ready.session(
-        ["nnUNetv2_train", "701", "2d_64", "0", "-tr", trainer, *PLANS, *HERE],
-        [*predict, "-d", "701", "-o", first],
-        ["nnUNetv2_export_model_to_zip", "-d", "701", "-o", archive, *chosen],
+    there = Desk(installed, tmp_path / "there", MEDDINOV3_WEIGHTS=str(tmp_path / "gone.pth"))
+    travel(ready, there, "701", trainer, tmp_path)
+
+
+def test_a_model_of_real_ct_travels_without_its_weights(installed, released_file, tmp_path):
+    weights = tmp_path / "model.pth"
+    released_file(weights)
+    desk = new_desk(installed, tmp_path / "here", str(weights))
+    number = make_real_dataset(tmp_path / "here" / "raw")
+    desk.prepare(number, "64")
+    there = Desk(installed, tmp_path / "there", MEDDINOV3_WEIGHTS=str(tmp_path / "gone.pth"))
+    assert "training checkpoint, teacher.backbone" in travel(
+        desk, there, number, "MedDINOv3Trainer", tmp_path
     )
-    there = Desk(installed, tmp_path / "there")
-    there.session(
-        ["nnUNetv2_install_pretrained_model_from_zip", archive],
-        [*predict, "-d", "701", "-o", second],
-    )
-    assert hashes(first)
-    assert hashes(first) == hashes(second)
