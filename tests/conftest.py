@@ -1,7 +1,10 @@
 """Shared by all tests: torch first, the goldens' processor path, small synthetic volumes."""
 
+import json
 import locale
 import os
+import subprocess
+import sys
 
 # tests/golden was recorded with AVX2 kernels; other instruction sets round differently. These
 # settings hold only where MKL heeds them, so no test may depend on the last bits.
@@ -169,3 +172,67 @@ def ct_store(tmp_path_factory):
     store = tmp_path_factory.mktemp("store") / "ct"
     curate([folder], store)
     return store
+
+
+# A process that has imported what nnU-Net needs, but neither nnU-Net nor us, and forks for each
+# command: imports take most of the time of a command that ends with a sentence.
+_FORKING = """
+import importlib, json, os, runpy, sys
+for name in sys.argv[1].split(","):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+for line in sys.stdin:
+    wanted = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, name in enumerate((os.devnull, wanted["stdout"], wanted["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        os.environ.clear()
+        os.environ.update(wanted["environment"])
+        sys.argv = ["meddinov3", *wanted["arguments"]]
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+runpy.run_module("nnunetv2_meddinov3", run_name="__main__", alter_sys=True)
+"""
+_LIBRARIES = (
+    "torch,torch._dynamo,torchvision,timm,SimpleITK,scipy.ndimage,skimage.morphology,seaborn,"
+    "batchgenerators.dataloading.multi_threaded_augmenter,acvl_utils,blosc2,pandas"
+)
+
+
+@pytest.fixture(scope="session")
+def meddinov3_command(tmp_path_factory):
+    """A function that runs ``meddinov3`` with arguments and an environment, in a fork.
+
+    Returns exit code, stdout and stderr.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("commands")
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", _FORKING, _LIBRARIES],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def command(arguments, environment):
+        for name in ("stdout", "stderr"):
+            (folder / name).write_text("")
+        wanted = {name: str(folder / name) for name in ("stdout", "stderr")}
+        wanted |= {"arguments": [str(a) for a in arguments], "environment": environment}
+        server.stdin.write(f"{json.dumps(wanted)}\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return (code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+    yield command
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()

@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,19 +14,20 @@ from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
 
 
+@pytest.fixture(autouse=True)
+def commands(meddinov3_command):
+    """Lets ``run`` reach the process that runs commands."""
+    global _command
+    _command = meddinov3_command
+
+
 def run(*arguments, **variables):
     """Run ``meddinov3 ...``; returns exit code and the lines of stderr that are no warnings."""
     environment = {**os.environ, "nnUNet_n_proc_DA": "0", "PYTHONWARNINGS": "ignore", **variables}
     environment = {k: v for k, v in environment.items() if v is not None}
-    done = subprocess.run(
-        [sys.executable, "-m", "nnunetv2_meddinov3", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return done.returncode, [line for line in lines if "it/s]" not in line and "?it" not in line]
+    code, _, stderr = _command(arguments, environment)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    return code, [line for line in lines if "it/s]" not in line and "?it" not in line]
 
 
 def train(number, configuration, fold="0", trainer="MedDINOv3Trainer", **variables):
