@@ -5,8 +5,8 @@ READY := $(VENV)/.ready
 # The oldest versions that setup.cfg allows; they need a Python of their time, 3.10 to 3.12.
 OLDEST := .venv-oldest
 
-# A process per core, each of a few GB; a file's tests share what they prepare.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Two processes of up to 7 GB each; a file's tests share what they prepare.
+PARALLEL := --numprocesses auto --maxprocesses 2 --dist loadfile
 
 # Without a bytecode cache every process of nnU-Net compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
