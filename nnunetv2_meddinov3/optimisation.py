@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -53,13 +52,11 @@ def layerwise_groups(
         learning_rate: Of the last block.
         decay: Factor from a block to the one before; 1 gives one group.
     """
-    depth = backbone.architecture.depth
     groups: dict[int, list[nn.Parameter]] = {}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
-            block = re.search(r"\bblocks\.(\d+)\.", name)
-            at = int(block[1]) + 1 if block else depth if ".norm." in name else 0
-            groups.setdefault(0 if decay == 1 else depth - at, []).append(parameter)
+            below = max(0, backbone.depth - backbone.layer_of(name))
+            groups.setdefault(0 if decay == 1 else below, []).append(parameter)
     return [
         {"params": parameters, "lr": learning_rate * decay**below}
         for below, parameters in sorted(groups.items())

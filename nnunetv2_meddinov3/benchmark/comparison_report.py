@@ -79,7 +79,7 @@ def _worst(found: Scores) -> list[Block]:
     means = {method: nanmean(table.T) for method, table in found.tables.items()}
     overall = nanmean(np.stack(list(means.values())))
     worst = [n for n in np.argsort(overall) if not np.isnan(overall[n])][:_WORST]
-    rows = [[found.patients[n], *(_score(scores[n]) for scores in means.values())] for n in worst]
+    rows = [[found.patients[n], *(_score(mean[n]) for mean in means.values())] for n in worst]
     said = "The worst patients, mean Dice over labels and seeds. The report of each job, "
     said += "jobs/*/evaluation/report.html, shows its own with an error map."
     return [Text(said), Table(["patient", *means], rows)]

@@ -24,7 +24,8 @@ from nnunetv2_meddinov3.benchmark.recipe import (
 from nnunetv2_meddinov3.files import write_text
 
 STATE = "job.json"
-_OURS = [sys.executable, "-m", "nnunetv2_meddinov3"]
+OURS = (sys.executable, "-m", "nnunetv2_meddinov3")
+"""How ``meddinov3`` begins for a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class Command:
 
     def __str__(self) -> str:
         variables = "".join(f"{name}={value} " for name, value in self.variables.items())
-        parts = ["python" if part == sys.executable else part for part in self.arguments]
-        if parts[: len(_OURS)] == ["python", *_OURS[1:]]:
-            parts[: len(_OURS)] = ["meddinov3"]
-        return variables + " ".join(map(_quoted, parts))
+        parts = self.arguments
+        if parts[: len(OURS)] == OURS:
+            parts = ("meddinov3", *parts[len(OURS) :])
+        shown = ("python" if part == sys.executable else part for part in parts)
+        return variables + " ".join(map(_quoted, shown))
 
 
 def _quoted(part: str) -> str:
@@ -81,11 +83,15 @@ class Weights:
     @property
     def name(self) -> str:
         """Unique within a recipe."""
-        return self.folder(Path()).name
+        return f"{self.dataset.name}__{PRETRAINED}"
 
     def folder(self, out: Path) -> Path:
         """Return where the store and the run go."""
-        return _folder_of_weights(self.dataset, out)
+        return out / "prepared" / self.name
+
+    def file(self, out: Path) -> Path:
+        """Return the weights."""
+        return self.folder(out) / "run" / "stage1" / "teacher.safetensors"
 
     def commands(self, out: Path, raw: Path) -> list[Command]:
         """Return what makes them; each goes on where it was stopped.
@@ -95,16 +101,12 @@ class Weights:
             raw: The raw dataset.
         """
         store, run = (str(self.folder(out) / name) for name in ("store", "run"))
-        curate = [*_OURS, "curate", str(raw), "--exclude", str(raw), "--store", store]
+        curate = [*OURS, "curate", str(raw), "--exclude", str(raw), "--store", store]
         if self.dataset.patients:
             curate += ["--patients", self.dataset.patients]
-        pretrain = [*_OURS, "pretrain", self.pretraining.config, "--stage", "1", "--store", store]
+        pretrain = [*OURS, "pretrain", self.pretraining.config, "--stage", "1", "--store", store]
         pretrain += ["--out", run, *self.pretraining.changes]
         return [Command(tuple(curate), {}), Command(tuple(pretrain), {})]
-
-
-def _folder_of_weights(dataset: Dataset, out: Path) -> Path:
-    return out / "prepared" / f"{dataset.name}__{PRETRAINED}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Job:
         seed: Of the run.
         cases: Number of training cases; None for all.
         checkpoint: Which checkpoint predicts.
+        pretrained: What makes the weights called ``pretrained``; None where the recipe has none.
     """
 
     dataset: Dataset
@@ -128,6 +131,7 @@ class Job:
     seed: int
     cases: int | None
     checkpoint: str
+    pretrained: Weights | None = None
 
     @property
     def name(self) -> str:
@@ -150,13 +154,18 @@ class Job:
         name = f"{self.method.trainer}__{self.method.plans}__{self.method.configuration}"
         return self.folder(out) / "results" / self.dataset.name / name
 
-    def weights(self, out: Path) -> str:
-        """Return ``MEDDINOV3_WEIGHTS``, empty where the trainer's own are meant."""
-        given = self.method.weights or ""
-        if given == PRETRAINED:
-            run = _folder_of_weights(self.dataset, out) / "run"
-            return str(run / "stage1" / "teacher.safetensors")
-        return given.replace("{dataset}", self.dataset.name)
+    def variables(self, out: Path, epochs: int | None, iterations: int | None) -> dict[str, str]:
+        """Return what tells the trainer of its length, size and weights."""
+        weights = self.method.weights or ""
+        if weights == PRETRAINED and self.pretrained is not None:
+            weights = str(self.pretrained.file(out))
+        chosen = {
+            "MEDDINOV3_EPOCHS": epochs,
+            "MEDDINOV3_ITERATIONS": iterations,
+            "MEDDINOV3_BACKBONE": self.method.backbone,
+            "MEDDINOV3_WEIGHTS": weights.replace("{dataset}", self.dataset.name),
+        }
+        return {name: str(value) for name, value in chosen.items() if value}
 
     def fold_text(self, folds: dict[str, int]) -> str:
         """Return the fold of ``splits_final.json`` that has the cases of this job."""
@@ -189,13 +198,23 @@ def jobs(recipe: Recipe) -> list[Job]:
 
 
 def _jobs(recipe: Recipe) -> Iterator[Job]:
+    made = {weights.dataset.name: weights for weights in weights_to_make(recipe)}
     for budget in recipe.budgets:
         for seed in recipe.seeds:
             for dataset in recipe.datasets:
                 for fold in recipe.folds:
                     for method in recipe.methods:
                         for cases in _cases(recipe, dataset, method, budget):
-                            yield Job(dataset, method, budget, fold, seed, cases, recipe.checkpoint)
+                            yield Job(
+                                dataset,
+                                method,
+                                budget,
+                                fold,
+                                seed,
+                                cases,
+                                recipe.checkpoint,
+                                made.get(dataset.name),
+                            )
 
 
 def _cases(

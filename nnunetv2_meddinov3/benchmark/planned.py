@@ -51,13 +51,8 @@ def _state(job: Job, out: Path) -> str:
 def _line(job: Job, out: Path, device: str) -> str:
     """Return a training's command; the fold of a job with few cases is made by ``run``."""
     budget = job.budget
-    variables = {
-        "MEDDINOV3_EPOCHS": budget.epochs,
-        "MEDDINOV3_ITERATIONS": budget.iterations,
-        "MEDDINOV3_BACKBONE": job.method.backbone,
-        "MEDDINOV3_WEIGHTS": job.weights(out),
-    }
-    told = "".join(f"{name}={value} " for name, value in variables.items() if value)
+    variables = job.variables(out, budget.epochs, budget.iterations)
+    told = "".join(f"{name}={value} " for name, value in variables.items())
     minutes = f"  # for {budget.minutes:g} minutes" if budget.minutes else ""
     few = "" if job.cases_text == ALL else f"  # {job.cases} cases"
     fold = str(job.fold) if not few else f"{job.fold}/{job.cases}"

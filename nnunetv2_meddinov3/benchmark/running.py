@@ -16,6 +16,7 @@ from queue import Queue
 from typing import TextIO
 
 from nnunetv2_meddinov3.benchmark.jobs import (
+    OURS,
     Command,
     Job,
     Preparation,
@@ -247,7 +248,8 @@ def _in_slot(
 def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], device: str) -> None:
     folder = job.folder(out)
     epochs, iterations = _length(job, recipe, out)
-    variables = _variables(job, out, epochs, iterations) | dict(slot)
+    variables = job.variables(out, epochs, iterations) | dict(slot)
+    variables["nnUNet_results"] = str(folder / "results")
     folds = _folds(job)
     fold = job.fold_text(folds)
     seconds = _train(job, out, fold, variables, device)
@@ -266,7 +268,7 @@ def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], devic
     ):
         measured += [option, value] if value else []
     run_logged(
-        Command((sys.executable, "-m", "nnunetv2_meddinov3", *measured), {}),
+        Command((*OURS, *measured), {}),
         folder / "evaluate.txt",
     )
     state = read_state(folder)
@@ -314,17 +316,6 @@ def _length(job: Job, recipe: Recipe, out: Path) -> tuple[int | None, int | None
         )
     median = times[len(times) // 2]
     return max(1, math.floor(budget.minutes * 60 / median)), first.iterations
-
-
-def _variables(job: Job, out: Path, epochs: int | None, iterations: int | None) -> dict[str, str]:
-    chosen = {
-        "nnUNet_results": str(job.folder(out) / "results"),
-        "MEDDINOV3_EPOCHS": "" if epochs is None else str(epochs),
-        "MEDDINOV3_ITERATIONS": "" if iterations is None else str(iterations),
-        "MEDDINOV3_BACKBONE": job.method.backbone or "",
-        "MEDDINOV3_WEIGHTS": job.weights(out),
-    }
-    return {name: value for name, value in chosen.items() if value}
 
 
 def _train(job: Job, out: Path, fold: str, variables: dict[str, str], device: str) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
+from nnunetv2_meddinov3.benchmark.jobs import OURS
 from nnunetv2_meddinov3.benchmark.recipe import Recipe
 from nnunetv2_meddinov3.files import write_text
 
@@ -44,8 +44,9 @@ def write_scripts(recipe: Recipe, name: str, out: Path, count: int, device: str)
         f"export {variable}={shlex.quote(os.environ[variable])}"
         for variable in ("nnUNet_raw", "nnUNet_preprocessed")
     )
-    command = [sys.executable, "-m", "nnunetv2_meddinov3", "benchmark", "run"]
-    base = shlex.join([*command, name, "-o", str(out.resolve()), "-device", device])
+    base = shlex.join(
+        [*OURS, "benchmark", "run", name, "-o", str(out.resolve()), "-device", device]
+    )
     given = {"out": str(out.resolve()), "exports": exports}
     gpu = "#SBATCH --gres=gpu:1\n" if device == "cuda" else ""
     prepare = _HEAD.format(name=f"{recipe.name}-prepare", time="24:00:00", more="", **given)

@@ -208,6 +208,18 @@ class Backbone(nn.Module):
                 f"got {tuple(images.shape)}"
             )
 
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter, by which its learning rate decays towards the image.
+
+        Args:
+            name: Ours or Meta's. Tokens and patch embedding are layer 0, block i is layer i + 1,
+                the final norm is the last, ``depth + 1``.
+        """
+        part, _, rest = name.removeprefix("vit.").partition(".")
+        if part == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return self.depth + 1 if part == "norm" else 0
+
 
 def rotary_embedding(
     periods: Float[Tensor, " period"],

@@ -63,9 +63,9 @@ def backbone_rows(
 ) -> list[NamedRow]:
     """Return each parameter's multipliers: ``decay ** (depth + 1 - layer)``.
 
-    Tokens and patch embedding are layer 0, block i is layer i + 1, the final norm is the last. The
-    patch embedding gets ``patch_embed_lr_multiplier`` on top. Biases, norms and LayerScale have no
-    weight decay; tokens have.
+    Layers are those of ``Backbone.layer_of``. The patch embedding gets
+    ``patch_embed_lr_multiplier`` on top. Biases, norms and LayerScale have no weight decay; tokens
+    have.
     """
     depth, is_gated = backbone.depth, backbone.architecture.ffn == "swiglu"
     grouped: dict[str, list[nn.Parameter]] = defaultdict(list)
@@ -73,12 +73,7 @@ def backbone_rows(
         grouped[meta_name(name, is_gated)].append(parameter)
     rows = []
     for name, parameters in grouped.items():
-        layer = 0
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif name.startswith("norm"):
-            layer = depth + 1
-        multiplier = layerwise_decay ** (depth + 1 - layer)
+        multiplier = layerwise_decay ** (depth + 1 - backbone.layer_of(name))
         if name.startswith("patch_embed"):
             multiplier *= patch_embed_lr_multiplier
         rows.append(NamedRow(name, parameters, multiplier, _decay(name), False))
