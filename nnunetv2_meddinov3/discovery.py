@@ -47,6 +47,7 @@ TRAINERS = (
             "MedDINOv3Trainer_sam",
             "MedDINOv3Trainer_sam_x4",
             "UNetTrainer",
+            "UNetTrainer_adamw",
             "SegFormerTrainer",
             "SegFormerTrainer_imagenet",
             "DinoUNetTrainer",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-from nnunetv2_meddinov3.benchmark.recipe import ALL, Recipe
+from nnunetv2_meddinov3.benchmark.recipe import ALL, Method, Recipe
 from nnunetv2_meddinov3.benchmark.results import (
     SCORES,
     Results,
@@ -209,6 +209,12 @@ def few_cases_plot(recipe: Recipe, results: Results, dataset: str, title: str) -
     return png.getvalue()
 
 
+def _note(method: Method) -> str:
+    """Return what a reader should know of a method."""
+    changes = ", ".join(f"{name} {value:g}" for name, value in method.changes.items())
+    return "; ".join(part for part in (method.note.rstrip("."), changes) if part)
+
+
 def _protocol(recipe: Recipe, results: Results) -> list[Block]:
     said = {
         "final": "The last checkpoint of each training predicts.",
@@ -225,7 +231,7 @@ def _protocol(recipe: Recipe, results: Results) -> list[Block]:
     ]
     folds = {(row["dataset"], row["fold"]) for row in results.runs}
     once = f"Folds: {', '.join(sorted({fold for _, fold in folds}))}."
-    notes = [f"{m.name}: {m.note}" for m in recipe.methods if m.note]
+    notes = [f"{m.name}: {note}" for m in recipe.methods if (note := _note(m))]
     blocks: list[Block] = [Items([said[recipe.checkpoint], *where, once, *notes])]
     if recipe.published:
         blocks += [

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,17 @@ def _cases(
         yield from few.numbers
 
 
+def settings(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Return what decides a job's result, as far as the recipe says it."""
+    method = job.method.model_dump(exclude={"name", "note", "gpu_hours", "datasets"})
+    dataset = job.dataset.model_dump(exclude={"name", "title", "disk_gb"})
+    budget = job.budget.model_dump(exclude={"name"})
+    common = recipe.model_dump(include={"batch_size", "mirroring", "checkpoint"})
+    if job.method.weights == PRETRAINED and recipe.pretraining is not None:
+        common["pretraining"] = recipe.pretraining.model_dump()
+    return {**method, **dataset, **budget, **common}
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what is known of a job: ``{}`` before its first run."""
     try:
@@ -261,26 +272,3 @@ def seconds_per_epoch(log: str) -> float | None:
     times = [float(t) for t in re.findall(r"Epoch time: ([\d.]+) s", log)]
     times = sorted(times[1:] or times)
     return times[len(times) // 2] if times else None
-
-
-def with_few_cases(
-    splits: Sequence[dict[str, list[str]]], recipe: Recipe
-) -> tuple[list[dict[str, list[str]]], dict[str, int]]:
-    """Return splits with a fold for each number of cases, and ``"fold/cases"`` -> its index.
-
-    The few are the first of a fold's training cases in an order that hashing gives: each smaller
-    set is part of the larger.
-    """
-    import hashlib
-
-    wanted = recipe.few_cases.numbers if recipe.few_cases else []
-    folds = [dict(fold) for fold in splits]
-    index = {f"{fold}/{ALL}": fold for fold in recipe.folds}
-    for fold in recipe.folds:
-        order = sorted(
-            splits[fold]["train"], key=lambda case: hashlib.sha256(case.encode()).hexdigest()
-        )
-        for number in wanted:
-            index[f"{fold}/{number}"] = len(folds)
-            folds.append({"train": sorted(order[:number]), "val": list(splits[fold]["val"])})
-    return folds, index

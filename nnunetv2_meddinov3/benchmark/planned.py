@@ -56,10 +56,11 @@ def _line(job: Job, out: Path, device: str) -> str:
     minutes = f"  # for {budget.minutes:g} minutes" if budget.minutes else ""
     few = "" if job.cases_text == ALL else f"  # {job.cases} cases"
     fold = str(job.fold) if not few else f"{job.fold}/{job.cases}"
+    changes = "".join(f"  # {name} {value:g}" for name, value in job.method.changes.items())
     return (
         f"{told}nnUNetv2_train {job.dataset.number} {job.method.configuration} {fold} "
         f"-tr {job.method.trainer} -p {job.method.plans} -device {device}  "
-        f"# seed {job.seed}{minutes}{few}"
+        f"# seed {job.seed}{minutes}{few}{changes}"
     )
 
 

@@ -69,6 +69,8 @@ class Method(_Section):
             recipe's ``pretraining`` makes.
         backbone: ``MEDDINOV3_BACKBONE``.
         datasets: Names of those that it is trained on; None for all.
+        changes: Numbers and switches of the trainer's class to change in training, such as
+            ``vit_lr: 1.0e-3``, for ablations.
         gpu_hours: Of one training, an estimate.
         note: For the report.
     """
@@ -81,6 +83,7 @@ class Method(_Section):
     weights: str | None = None
     backbone: str | None = None
     datasets: list[str] | None = None
+    changes: dict[str, bool | int | float] = Field(default_factory=dict)
     gpu_hours: float | None = None
     note: str = ""
 

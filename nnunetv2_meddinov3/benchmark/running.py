@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
-from typing import TextIO
+from typing import Any, TextIO
 
 from nnunetv2_meddinov3.benchmark.jobs import (
     OURS,
@@ -25,17 +25,18 @@ from nnunetv2_meddinov3.benchmark.jobs import (
     preparations,
     read_state,
     seconds_per_epoch,
+    settings,
     weights_to_make,
-    with_few_cases,
     write_state,
 )
+from nnunetv2_meddinov3.benchmark.nnunet_process import check_changes
 from nnunetv2_meddinov3.benchmark.recipe import Dataset, Recipe
+from nnunetv2_meddinov3.benchmark.splits import read_folds, write_folds
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.files import write_text
 from nnunetv2_meddinov3.locks import locked
 from nnunetv2_meddinov3.progress import Progress
 
-FOLDS = "benchmark_folds.json"
 _TAIL = 12  # lines of a failed command's log
 
 
@@ -58,9 +59,13 @@ def prepare(recipe: Recipe, out: Path, stream: TextIO | None = None) -> None:
     """Plan and preprocess every dataset, and write its folds.
 
     Raises:
-        UserError: If a raw dataset is missing or a command fails.
+        UserError: If a raw dataset is missing, a trainer has no attribute that a method changes, or
+            a command fails.
     """
     folders = check_folders()
+    for method in recipe.methods:
+        if method.changes:
+            check_changes(method.trainer, method.changes)
     for dataset in recipe.datasets:
         if not (folders["nnUNet_raw"] / dataset.name / "dataset.json").is_file():
             raise UserError(
@@ -77,7 +82,7 @@ def prepare(recipe: Recipe, out: Path, stream: TextIO | None = None) -> None:
             _make_weights(made, out, folders["nnUNet_raw"] / made.dataset.name)
             progress.advance(made.name)
     for dataset in recipe.datasets:
-        _write_folds(recipe, dataset, folders)
+        write_folds(recipe, dataset, folders, out)
         if recipe.batch_size is not None:
             place = folders["nnUNet_preprocessed"] / dataset.name
             _set_batch_size(recipe.batch_size, recipe, dataset, place)
@@ -113,31 +118,6 @@ def _make_weights(weights: Weights, out: Path, raw: Path) -> None:
         if not read_state(folder).get("done"):
             seconds = sum(run_logged(c, folder / "log.txt") for c in weights.commands(out, raw))
             write_state(folder, done=True, seconds=seconds)
-
-
-def _write_folds(recipe: Recipe, dataset: Dataset, folders: Mapping[str, Path]) -> None:
-    """Write splits_final.json with the folds of few cases, unless it has them already."""
-    place = folders["nnUNet_preprocessed"] / dataset.name
-    raw = folders["nnUNet_raw"] / dataset.name
-    splits_file = place / "splits_final.json"
-    own = raw / "splits_final.json"
-    if dataset.splits and not own.is_file():
-        raise UserError(f"{own} must give the folds of {dataset.name}, but there is none.")
-    if dataset.splits:
-        base = json.loads(own.read_text(encoding="utf-8"))
-    elif splits_file.is_file():
-        base = json.loads(splits_file.read_text(encoding="utf-8"))[:5]
-    else:
-        from nnunetv2.utilities.crossval_split import generate_crossval_split
-
-        from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
-
-        cases = sorted(open_raw_dataset(raw).images())
-        found = generate_crossval_split(cases, seed=12345, n_splits=5)
-        base = [{part: list(map(str, fold[part])) for part in ("train", "val")} for fold in found]
-    folds, index = with_few_cases(base, recipe)
-    write_text(splits_file, f"{json.dumps(folds, indent=1)}\n")
-    write_text(place / FOLDS, f"{json.dumps(index, indent=1)}\n")
 
 
 def run_logged(command: Command, log: Path) -> float:
@@ -229,14 +209,17 @@ def _in_slot(
         folder = job.folder(out)
         with locked(folder, print):
             state = read_state(folder)
+            if changed := _changed_since(job, recipe, folder, state):
+                return job.name, changed
             if state.get("done"):
                 return job.name, ""
             if "failed" in state and not retry:
                 return job.name, f"it failed before (--retry runs it again): {state['failed']}"
             try:
+                write_state(folder, **{**state, "settings": settings(job, recipe)})
                 _run_job(job, recipe, out, slot, device)
             except UserError as error:
-                write_state(folder, failed=str(error))
+                write_state(folder, failed=str(error), settings=settings(job, recipe))
                 return job.name, str(error)
     except UserError as error:  # another process has it
         return job.name, str(error)
@@ -245,13 +228,26 @@ def _in_slot(
     return job.name, ""
 
 
+def _changed_since(job: Job, recipe: Recipe, folder: Path, state: Mapping[str, Any]) -> str:
+    """Return a sentence if what is trained already is not what the recipe describes now."""
+    now = settings(job, recipe)
+    before = state.get("settings", now)
+    differ = [name for name in now if before.get(name) != now[name]]
+    if not differ or not any((folder / "results").rglob("checkpoint_*.pth")):
+        return ""
+    name = differ[0]
+    return (
+        f"{folder} has the job with {name} {before.get(name)!r}, but the recipe says "
+        f"{now[name]!r}: remove the folder, or give another -o."
+    )
+
+
 def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], device: str) -> None:
     folder = job.folder(out)
     epochs, iterations = _length(job, recipe, out)
     variables = job.variables(out, epochs, iterations) | dict(slot)
     variables["nnUNet_results"] = str(folder / "results")
-    folds = _folds(job)
-    fold = job.fold_text(folds)
+    fold = job.fold_text(read_folds(job.dataset, out))
     seconds = _train(job, out, fold, variables, device)
     more = () if recipe.mirroring else ("--disable_tta",)
     predictions = _predictions(job, out, fold, variables, device, more)
@@ -268,7 +264,7 @@ def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], devic
     ):
         measured += [option, value] if value else []
     run_logged(
-        Command((*OURS, *measured), {}),
+        Command((*OURS, *measured), dict(slot)),
         folder / "evaluate.txt",
     )
     state = read_state(folder)
@@ -279,18 +275,8 @@ def _run_job(job: Job, recipe: Recipe, out: Path, slot: Mapping[str, str], devic
         seconds_per_epoch=_epoch_time(job, out, fold),
         epochs=epochs,
         iterations=iterations,
+        settings=settings(job, recipe),
     )
-
-
-def _folds(job: Job) -> dict[str, int]:
-    place = check_folders()["nnUNet_preprocessed"] / job.dataset.name / FOLDS
-    try:
-        return json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{place} must give the folds of {job.dataset.name}: run `meddinov3 benchmark run` "
-            "with --prepare first."
-        ) from error
 
 
 def _length(job: Job, recipe: Recipe, out: Path) -> tuple[int | None, int | None]:
@@ -329,8 +315,8 @@ def _train(job: Job, out: Path, fold: str, variables: dict[str, str], device: st
         arguments.append("--c")
     if job.checkpoint == "best":
         arguments.append("--val_best")
-    seeded = (sys.executable, "-m", "nnunetv2_meddinov3.benchmark.seeded", str(job.seed))
-    command = Command((*seeded, "nnUNetv2_train", *arguments), variables)
+    changes = json.dumps(job.method.changes)
+    command = Command((*_process(job, changes), "nnUNetv2_train", *arguments), variables)
     return run_logged(command, job.folder(out) / "train.txt")
 
 
@@ -352,9 +338,16 @@ def _predictions(
     arguments += ["-p", job.method.plans, "-device", device, "--continue_prediction"]
     arguments += ["-npp", "1", "-nps", "1", "-chk", f"checkpoint_{job.checkpoint}.pth", *more]
     run_logged(
-        Command(("nnUNetv2_predict", *arguments), variables), job.folder(out) / "predict.txt"
+        Command((*_process(job), "nnUNetv2_predict", *arguments), variables),
+        job.folder(out) / "predict.txt",
     )
     return target
+
+
+def _process(job: Job, changes: str = "{}") -> tuple[str, ...]:
+    """Return what goes before a command of nnU-Net's: see ``nnunet_process``."""
+    module = "nnunetv2_meddinov3.benchmark.nnunet_process"
+    return sys.executable, "-m", module, str(job.seed), changes
 
 
 def _epoch_time(job: Job, out: Path, fold: str) -> float | None:

@@ -26,6 +26,7 @@ from nnunetv2_meddinov3.pretrain.stages import world_size
 from nnunetv2_meddinov3.pretrain.student import GramTeacher, Student
 
 _LOST_RANK_AFTER = timedelta(minutes=30)  # saving, probing and compiling keep the others waiting
+_AVERAGES_ON_CPU = torch.__version__ >= "2.9"  # FSDP2 with gloo; torch compares versions here
 _MAX_GRAPHS = 64  # torch gives up compiling after 8, fewer than three networks of five resolutions
 
 
@@ -72,7 +73,8 @@ def started(engine: Engine) -> Iterator[Runtime]:
     warnings) is put back at the end.
 
     Raises:
-        UserError: If the device is missing, or SLURM started several processes without torchrun.
+        UserError: If the device is missing, SLURM started several processes without torchrun, or
+            FSDP2 of this PyTorch is wrong there.
     """
     processes = world_size()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -82,9 +84,15 @@ def started(engine: Engine) -> Iterator[Runtime]:
             "`srun torchrun ... -m nnunetv2_meddinov3 pretrain ...` (docs/pretraining.md)."
         )
     device = _device(engine)
+    joined = processes > 1
+    if joined and engine.parallel == "fsdp2" and device.type == "cpu" and not _AVERAGES_ON_CPU:
+        raise UserError(
+            f"FSDP2 on CPUs needs PyTorch 2.9 or later, but this is {torch.__version__}, which "
+            "adds the gradients of the processes there instead of averaging them: set "
+            "engine.parallel=ddp, or install a later PyTorch."
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    joined = processes > 1
     with _process_wide_settings(device):
         if joined:
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -221,6 +229,13 @@ def _shard(distillation: Distillation, runtime: Runtime) -> None:
         # without a backward pass nothing else would give the teachers' shards back
         reshard = network is not distillation.student
         fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        if reshard:  # torch 2.7 takes no such word of a root module
+            network.register_forward_hook(_give_shards_back)
+
+
+def _give_shards_back(network: nn.Module, inputs: object, outputs: object) -> None:
+    assert isinstance(network, FSDPModule)
+    network.reshard()
 
 
 def _networks(distillation: Distillation) -> list[Student | GramTeacher]:

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import (
+    nnUNetTrainerAdam1en3,
+)
 
 from nnunetv2_meddinov3 import fine_tuning, optimisation
 from nnunetv2_meddinov3.models import segformer
@@ -37,6 +40,13 @@ class UNetTrainer(nnUNetTrainer):
             self.num_epochs = epochs
         if iterations is not None:
             fine_tuning.set_iterations(self, iterations)
+
+
+class UNetTrainer_adamw(UNetTrainer, nnUNetTrainerAdam1en3):
+    """The same with the optimiser of nnU-Net's ``nnUNetTrainerAdam1en3``: AdamW (AMSGrad) at 1e-3.
+
+    It says how much of another row's lead over ``UNetTrainer`` is its optimiser's.
+    """
 
 
 class SegFormerTrainer(MedDINOv3Trainer):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -328,3 +330,121 @@ def test_a_command_that_fails_says_the_end_of_its_log(tmp_path):
         running.run_logged(command, tmp_path / "log.txt")
     with pytest.raises(UserError, match="nowhere must be installed"):
         running.run_logged(running.Command(("nowhere",), {}), tmp_path / "log.txt")
+
+
+def test_folds_of_other_recipes_stay_where_they_are(place, monkeypatch):
+    run_faked(place, monkeypatch, "--prepare")
+    splits = place / "preprocessed" / "Dataset701_Discs" / "splits_final.json"
+    before = json.loads(splits.read_text())
+    assert len(before) == 6  # five, and one of two cases
+    for numbers, count in (([3], 7), ([2, 3], 7)):
+        few = {**RECIPE["few_cases"], "numbers": numbers}
+        (place / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "few_cases": few}))
+        command = ["benchmark", "run", place / "recipe.yaml", "-o", place / f"out{len(numbers)}"]
+        monkeypatch.setattr(running, "_prepare_one", lambda *arguments: None)
+        main([str(part) for part in [*command, "--prepare"]])
+        assert json.loads(splits.read_text())[:6] == before
+        assert len(json.loads(splits.read_text())) == count
+    index = json.loads((place / "out2/prepared/Dataset701_Discs__folds.json").read_text())
+    assert index == {"0/all": 0, "0/2": 5, "0/3": 6}
+
+
+def test_folds_that_are_not_the_datasets_own_are_kept_and_refused(place, monkeypatch):
+    run_faked(place, monkeypatch, "--prepare")
+    splits = place / "preprocessed" / "Dataset701_Discs" / "splits_final.json"
+    before = splits.read_text()
+    own = [dict(fold) for fold in json.loads(before)[:5]]
+    own[0], own[1] = own[1], own[0]
+    (place / "raw" / "Dataset701_Discs" / "splits_final.json").write_text(json.dumps(own))
+    datasets = [{**RECIPE["datasets"][0], "splits": True}]
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "datasets": datasets}))
+    with pytest.raises(UserError, match=r"must begin with the folds of .*: remove it, or let"):
+        run_faked(place, monkeypatch, "--prepare")
+    assert splits.read_text() == before
+    splits.unlink()
+    run_faked(place, monkeypatch, "--prepare")
+    assert json.loads(splits.read_text())[:5] == own
+
+
+def with_rate(place, rate):
+    methods = [{**method, "changes": {"vit_lr": rate}} for method in RECIPE["methods"]]
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "methods": methods}))
+
+
+def test_trainings_are_not_mistaken_for_those_of_other_settings(place, monkeypatch, capsys):
+    with_rate(place, 1e-3)
+    code, commands = run_faked(place, monkeypatch)
+    assert (code, len(trained(commands))) == (0, 5)
+    assert {command.arguments[4] for command in trained(commands)} == {'{"vit_lr": 0.001}'}
+    code, commands = run_faked(place, monkeypatch)
+    assert (code, trained(commands)) == (0, [])
+    with_rate(place, 2e-3)
+    capsys.readouterr()
+    code, commands = run_faked(place, monkeypatch)
+    assert (code, trained(commands)) == (1, [])
+    said = capsys.readouterr().err
+    assert "has the job with changes {'vit_lr': 0.001}, but the recipe says" in said
+
+
+def test_plan_and_report_name_the_changes(place, monkeypatch, capsys):
+    with_rate(place, 1e-3)
+    assert benchmark(place, "plan") == 0
+    assert capsys.readouterr().out.count("# vit_lr 0.001") == 5
+    run_faked(place, monkeypatch)
+    assert benchmark(place, "collect") == 0
+    assert "two: vit_lr 0.001" in (place / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "changes", "sentence"),
+    [
+        ("MedDINOv3Trainer_v2", {"vit_rate": 1e-3}, "must be of .*layer_decay.*vit_lr.*, but vit_"),
+        ("MedDINOv3Trainer_v2", {"is_frozen": 3}, "is_frozen of .* is False, so 3 cannot be it"),
+        ("MedDINOv3Trainer_v2", {"vit_lr": True}, "vit_lr of .* is 0.0001, so True cannot be it"),
+        ("nnUNetTrainer", {"initial_lr": 1e-3}, "one of our trainers, but nnUNetTrainer is none"),
+        ("UNetTrainer", {"initial_lr": 1e-3}, "must be of nothing, but initial_lr came"),
+    ],
+)
+def test_changes_that_a_trainer_does_not_have_are_refused(
+    trainer, changes, sentence, place, monkeypatch
+):
+    methods = [{**RECIPE["methods"][0], "trainer": trainer, "changes": changes}]
+    recipe = {**RECIPE, "methods": methods}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=sentence):
+        run_faked(place, monkeypatch, "--prepare")
+
+
+def test_changes_reach_the_optimiser(place):
+    """In a process of its own, as ``run`` does it."""
+    code = (
+        "from nnunetv2_meddinov3 import discovery\n"
+        "from nnunetv2_meddinov3.benchmark.nnunet_process import change\n"
+        "change('MedDINOv3Trainer_v2', {'vit_lr': 7e-4, 'layer_decay': 1})\n"
+        "trainer = discovery.resolve('MedDINOv3Trainer_v2')\n"
+        "print(trainer.vit_lr, trainer.layer_decay, trainer.decoder_lr)\n"
+        "print(discovery.resolve('MedDINOv3Trainer_scratch').vit_lr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["0.0007", "1", "0.001", "0.0003"]
+
+
+def test_a_job_keeps_to_its_share_of_the_cores():
+    """nnU-Net asks for all cores on a CPU, in training and in prediction."""
+    code = (
+        "import torch\n"
+        "from nnunetv2_meddinov3.benchmark.nnunet_process import limit_threads\n"
+        "limit_threads({share!r})\n"
+        "before = torch.get_num_threads()\n"
+        "torch.set_num_threads(7)\n"
+        "print(before, torch.get_num_threads())\n"
+    )
+    for share, threads in (("1", ["1", "1"]), ("", ["2", "7"])):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(share=share)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
+        )
+        assert done.stdout.split() == threads

@@ -11,9 +11,9 @@ from nnunetv2_meddinov3.benchmark.jobs import (
     preparations,
     seconds_per_epoch,
     weights_to_make,
-    with_few_cases,
 )
 from nnunetv2_meddinov3.benchmark.recipe import SHIPPED, load_recipe
+from nnunetv2_meddinov3.benchmark.splits import with_few_cases
 from nnunetv2_meddinov3.discovery import PLANNERS, TRAINERS
 from nnunetv2_meddinov3.errors import UserError
 

@@ -85,7 +85,9 @@ def test_nnunet_accepts_every_command(name, monkeypatch, tmp_path):
         assert training[:5] == (*chosen, job.method.plans)
         assert training[5:] == (None, 1, False, False, False, False, False, torch.device("cuda"))
         assert job.method.trainer in {*TRAINERS, "nnUNetTrainer"}
-        model, predictor = parse_predict(list(predict[1:]), monkeypatch, tmp_path)
+        model, predictor = parse_predict(
+            list(predict[predict.index("nnUNetv2_predict") + 1 :]), monkeypatch, tmp_path
+        )
         names = (job.method.trainer, job.method.plans, job.method.configuration)
         assert model == (job.dataset.number, *names)
         initialise = predictor.return_value.initialize_from_trained_model_folder

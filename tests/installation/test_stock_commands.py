@@ -181,7 +181,7 @@ def test_the_unmodified_recipe_runs_with_a_vit_base_in_the_released_format(
 TRAVELLERS = [
     name
     for name, module in TRAINERS.items()
-    if module.endswith("baseline_trainers") and not name.endswith(("_x4", "_imagenet"))
+    if module.endswith("baseline_trainers") and not name.endswith(("_x4", "_imagenet", "_adamw"))
 ]
 
 

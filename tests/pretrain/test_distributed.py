@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.pretrain import distributed
 from nnunetv2_meddinov3.pretrain.config import Engine
 from nnunetv2_meddinov3.pretrain.distributed import _process_wide_settings, started
 
@@ -40,3 +41,16 @@ def test_it_is_put_back_after_an_error_too():
     with pytest.raises(UserError, match="stop"):
         fail()
     assert settings() == before
+
+
+def test_fsdp2_that_would_add_gradients_on_cpus_is_refused(monkeypatch):
+    """PyTorch before 2.9 does, in silence; ``test_ranks.py`` compares where it does not."""
+    monkeypatch.setattr(distributed, "_AVERAGES_ON_CPU", False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    sentence = "FSDP2 on CPUs needs PyTorch 2.9 or later, but this is .*engine.parallel=ddp"
+    with (
+        pytest.raises(UserError, match=sentence),
+        started(Engine(device="cpu", parallel="fsdp2")),
+    ):
+        pass

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import (
+    nnUNetTrainerAdam1en3,
+)
 from safetensors.torch import save_file
 
 from nnunetv2_meddinov3 import discovery
@@ -19,7 +22,8 @@ NAMES = [
     "MedDINOv3Trainer_singlescale_matched",
     "MedDINOv3Trainer_v2",
 ]
-NAMES.remove("UNetTrainer")  # nnU-Net's own
+for unet in ("UNetTrainer", "UNetTrainer_adamw"):  # nnU-Net's own
+    NAMES.remove(unet)
 ON_A_VIT = [name for name in NAMES if "SegFormer" not in name]
 FROZEN = ["SegDINOTrainer", "DinoUNetTrainer"]
 
@@ -39,7 +43,8 @@ def make(workplace):
         plans["configurations"]["2d"].update(changes)
         dataset = json.loads((folder / "dataset.json").read_text())
         plans["continue_training"] = False
-        kind = nnUNetTrainer if name == "nnUNetTrainer" else discovery.resolve(name)
+        stock = {"nnUNetTrainer": nnUNetTrainer, "nnUNetTrainerAdam1en3": nnUNetTrainerAdam1en3}
+        kind = stock.get(name) or discovery.resolve(name)
         return kind(plans, "2d", 0, dataset, torch.device("cpu"))
 
     return trainer
@@ -105,6 +110,25 @@ def test_the_unet_is_nnunets_own_but_for_its_length(make, workplace, monkeypatch
     assert {type(x.optimizer) for x in (trainer, stock)} == {torch.optim.SGD}
     overridden = {name for name in vars(type(trainer)) if not name.startswith("__")}
     assert overridden == set()
+
+
+def test_the_unet_with_adamw_differs_from_nnunets_own_variant_in_its_length_alone(
+    make, monkeypatch
+):
+    monkeypatch.setenv("MEDDINOV3_EPOCHS", "7")
+    monkeypatch.setenv("MEDDINOV3_ITERATIONS", "11")
+    trainer = make("UNetTrainer_adamw")
+    stock = make("nnUNetTrainerAdam1en3")
+    for one in (trainer, stock):
+        one.initialize()
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (7, 11)
+    (ours,), (theirs,) = (
+        [{k: v for k, v in group.items() if k != "params"} for group in one.optimizer.param_groups]
+        for one in (trainer, stock)
+    )
+    assert ours == theirs
+    assert (ours["lr"], ours["amsgrad"]) == (1e-3, True)
+    assert type(trainer.optimizer) is torch.optim.AdamW
 
 
 def test_the_vit_of_v2_learns_more_slowly_towards_the_image(make):
