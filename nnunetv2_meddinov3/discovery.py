@@ -55,7 +55,10 @@ TRAINERS = (
         ),
         _BASELINE_MODULE,
     )
-    | {"MedDINOv3Trainer_v2": "nnunetv2_meddinov3.trainers.meddinov3_v2_trainer"}
+    | dict.fromkeys(
+        ("MedDINOv3Trainer_v2", "MedDINOv3Trainer_v2_convs"),
+        "nnunetv2_meddinov3.trainers.meddinov3_v2_trainer",
+    )
 )
 """Name of each trainer -> module that defines it."""
 

@@ -9,7 +9,7 @@ backward pass, so that full-resolution maps with many channels never exist for a
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 512  # tokens; on 2 cores the fastest of 128 to 4096 for ViT-B, see docs/benchmarks.md
+_CHUNKS = {"cpu": 128, "cuda": 512}  # tokens; the fastest for ViT-S and ViT-B on a CPU core
 
 
 class _Upsampling(nn.Module):
@@ -28,13 +28,21 @@ class _Upsampling(nn.Module):
         self.conv = nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
         self.norm = nn.LayerNorm(channels // 2, eps=1e-6)
 
-    def forward(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "4*token dim//2"]:
-        """Map tokens to their four children in row-major order."""
-        c = self.conv.out_channels
+    def matrix(self) -> tuple[Float[Tensor, "dim 2*dim"], Float[Tensor, " 2*dim"]]:
+        """Return weight and bias as those of one product, laid out anew: once for all chunks."""
         # (C, C/2, 2, 2) -> (C, 2 * 2 * C/2): the children of a token lie beside each other
-        weight = self.conv.weight.permute(0, 2, 3, 1).reshape(self.conv.in_channels, 4 * c)
+        weight = self.conv.weight.permute(0, 2, 3, 1).flatten(1)
         assert self.conv.bias is not None
-        children = torch.addmm(self.conv.bias.repeat(4), tokens, weight).view(-1, c)
+        return weight, self.conv.bias.repeat(4)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "token dim"],
+        weight: Float[Tensor, "dim 2*dim"],
+        bias: Float[Tensor, " 2*dim"],
+    ) -> Float[Tensor, "4*token dim//2"]:
+        """Map tokens to their four children in row-major order, given ``matrix``."""
+        children = torch.addmm(bias, tokens, weight).view(-1, self.conv.out_channels)
         return F.gelu(self.norm(children))
 
     def on_maps(
@@ -56,12 +64,17 @@ class TokenDecoder(nn.Module):
         in_channels: Width of the (concatenated) tokens, a multiple of ``patch_size``.
         num_classes: Output channels K.
         patch_size: Patch side in pixels, a power of two.
-        chunk: Tokens decoded at a time and recomputed in the backward pass. With None, or with no
-            more tokens than that, whole maps go through the convolutions as in the reference.
+        chunk: Tokens decoded at a time and recomputed in the backward pass; with ``"auto"`` as many
+            as are fast on the device. With None whole maps go through the convolutions as in the
+            reference.
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, patch_size: int = 16, chunk: int | None = CHUNK
+        self,
+        in_channels: int,
+        num_classes: int,
+        patch_size: int = 16,
+        chunk: int | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
         self.stages = int(math.log2(patch_size))
@@ -70,8 +83,8 @@ class TokenDecoder(nn.Module):
                 "the patch size must be a power of two that divides the token width, got "
                 f"patch size {patch_size} and width {in_channels}"
             )
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1 token, or None, got {chunk}")
+        if isinstance(chunk, int) and chunk < 1:
+            raise ValueError(f'chunk must be at least 1 token, "auto" or None, got {chunk}')
         self.chunk = chunk
         upsampling = nn.ModuleList(_Upsampling(in_channels // 2**s) for s in range(self.stages))
         self.upsampling = cast("Sequence[_Upsampling]", upsampling)
@@ -92,18 +105,20 @@ class TokenDecoder(nn.Module):
             tokens: In row-major order.
             grid_size: Patches along height and width, as many as there are tokens.
         """
-        if self.chunk is None or tokens.shape[0] * tokens.shape[1] <= self.chunk:
+        if self.chunk is None:
             return self._decode_maps(tokens.transpose(1, 2).unflatten(2, grid_size))
-        recompute = torch.is_grad_enabled()
-        logits = torch.cat(
-            [
-                checkpoint(self._decode, piece, use_reentrant=False)
-                if recompute
-                else self._decode(piece)
-                for piece in tokens.flatten(0, 1).split(self.chunk)
+        chunk = self.chunk
+        if chunk == "auto":
+            chunk = _CHUNKS.get(tokens.device.type, _CHUNKS["cuda"])
+        matrices = [stage.matrix() for stage in self.upsampling]
+        pieces = tokens.flatten(0, 1).split(chunk)
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            decoded = [
+                checkpoint(self._decode, piece, matrices, use_reentrant=False) for piece in pieces
             ]
-        )
-        return self._rearrange(logits, len(tokens), *grid_size)
+        else:
+            decoded = [self._decode(piece, matrices) for piece in pieces]
+        return self._rearrange(torch.cat(decoded), len(tokens), *grid_size)
 
     def _decode_maps(
         self, maps: Float[Tensor, "batch dim rows columns"]
@@ -113,11 +128,13 @@ class TokenDecoder(nn.Module):
             maps = stage.on_maps(maps)
         return self.seg_layers[0](maps)
 
-    def _decode(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "token logits"]:
+    def _decode(
+        self, tokens: Float[Tensor, "token dim"], matrices: Sequence[tuple[Tensor, Tensor]]
+    ) -> Float[Tensor, "token logits"]:
         """Map tokens to the logits of their pixels, 4 ** stages * K for each."""
         x = tokens
-        for stage in self.upsampling:
-            x = stage(x)
+        for stage, (weight, bias) in zip(self.upsampling, matrices, strict=True):
+            x = stage(x, weight, bias)
         head = self.seg_layers[0]
         return F.linear(x, head.weight.flatten(1), head.bias).view(len(tokens), -1)
 

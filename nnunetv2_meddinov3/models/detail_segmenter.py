@@ -23,31 +23,36 @@ class DetailDecoder(nn.Module):
 
     Args:
         channels: Of the images.
-        dim: Width of the (concatenated) tokens.
+        dim: Width of the (concatenated) tokens; None for convolutions alone.
         num_classes: Output channels K.
         width: Channels of the finest maps; each coarser scale has twice as many.
     """
 
-    def __init__(self, channels: int, dim: int, num_classes: int, width: int) -> None:
+    def __init__(self, channels: int, dim: int | None, num_classes: int, width: int) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width]
         self.pyramid = PlainConvEncoder(
             channels, len(widths), widths, kernel_sizes=3, strides=2, n_conv_per_stage=2,
             return_skips=True, **CONVOLUTIONS,
         )  # fmt: skip
-        self.context = nn.Sequential(
-            nn.Conv2d(dim, widths[-1], 1), nn.InstanceNorm2d(widths[-1], affine=True)
+        self.context = (
+            None
+            if dim is None
+            else nn.Sequential(
+                nn.Conv2d(dim, widths[-1], 1), nn.InstanceNorm2d(widths[-1], affine=True)
+            )
         )
         self.unet = unet_decoder(widths, num_classes)
 
     def forward(
         self,
         images: Float[Tensor, "batch channel height width"],
-        maps: Float[Tensor, "batch dim rows columns"],
+        maps: Float[Tensor, "batch dim rows columns"] | None,
     ) -> Float[Tensor, "batch classes half_height half_width"]:
         """Decode images and the ViT's maps to logits at stride 2."""
         pyramid = self.pyramid(images)
-        pyramid[-1] = pyramid[-1] + self.context(maps)
+        if self.context is not None:
+            pyramid[-1] = pyramid[-1] + self.context(maps)
         return self.unet(pyramid)
 
 
@@ -63,6 +68,7 @@ class DetailSegmenter(ViTNetwork):
         drop_path: Rate of stochastic depth.
         activation_checkpointing: Whether the ViT's blocks are recomputed in the backward pass.
         width: Channels of the maps at stride 2.
+        context: Whether the ViT is read; without it, the convolutions segment alone.
         deep_supervision: Must be False: there is one output resolution.
     """
 
@@ -75,6 +81,7 @@ class DetailSegmenter(ViTNetwork):
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
         width: int = 32,
+        context: bool = True,
         deep_supervision: bool = False,
     ) -> None:
         super().__init__(
@@ -83,6 +90,7 @@ class DetailSegmenter(ViTNetwork):
             layers,
             drop_path,
             activation_checkpointing,
+            frozen=not context,
             deep_supervision=deep_supervision,
         )
         if self.backbone.patch_size != 16:
@@ -90,11 +98,12 @@ class DetailSegmenter(ViTNetwork):
                 "this decoder reads a ViT with patches of 16 pixels, got "
                 f"{self.backbone.patch_size}"
             )
-        dim = len(self.layers) * self.backbone.embed_dim
-        self.decoder = DetailDecoder(self.stem_channels, dim, num_classes, width)
+        dim = len(self.layers) * self.backbone.embed_dim if context else None
+        self.decoder: DetailDecoder = DetailDecoder(self.stem_channels, dim, num_classes, width)
 
     def _segment(
         self, images: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch classes height width"]:
-        maps = torch.cat(self._features(images), dim=1)
+        reads_vit = self.decoder.context is not None
+        maps = torch.cat(self._features(images), dim=1) if reads_vit else None
         return resize(self.decoder(images, maps), images.shape[2:])

@@ -1,12 +1,12 @@
 """The segmenter: images of any channel count -> backbone tokens of several depths -> logits."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnunetv2_meddinov3.models.decoder import CHUNK, TokenDecoder
+from nnunetv2_meddinov3.models.decoder import TokenDecoder
 from nnunetv2_meddinov3.models.segmentation_network import ViTNetwork, resolve_layers
 
 __all__ = ["Segmenter", "resolve_layers"]
@@ -27,7 +27,8 @@ class Segmenter(ViTNetwork):
             every quarter of the depth, ``"last"`` for the last block alone.
         drop_path: Rate of stochastic depth.
         activation_checkpointing: Whether the backbone's blocks are recomputed in the backward pass.
-        decoder_chunk: Tokens decoded at a time; None decodes whole maps, as the reference does.
+        decoder_chunk: Tokens decoded at a time; ``"auto"`` for as many as are fast on the device,
+            None for whole maps, as the reference decodes them.
         copies: How many times the decoder gets the tokens. Four copies of one block's tokens give
             it exactly the size that it has for four blocks.
         deep_supervision: Must be False: there is one output resolution.
@@ -41,7 +42,7 @@ class Segmenter(ViTNetwork):
         layers: list[int] | str | None = None,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
-        decoder_chunk: int | None = CHUNK,
+        decoder_chunk: int | Literal["auto"] | None = "auto",
         copies: int = 1,
         deep_supervision: bool = False,
     ) -> None:

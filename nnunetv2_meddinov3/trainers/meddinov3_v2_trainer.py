@@ -3,7 +3,7 @@
 Only trainer classes live here, because nnU-Net's search imports every module of this folder.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from nnunetv2_meddinov3 import fine_tuning, optimisation
 from nnunetv2_meddinov3.trainers.meddinov3_trainers import MedDINOv3Trainer
@@ -28,3 +28,11 @@ class MedDINOv3Trainer_v2(MedDINOv3Trainer):
         decoder = {"params": list(network.decoder.parameters()), "lr": self.decoder_lr}
         vit = optimisation.layerwise_groups(network.backbone, self.vit_lr, self.layer_decay)
         return [decoder, *vit]
+
+
+class MedDINOv3Trainer_v2_convs(MedDINOv3Trainer_v2):
+    """The same without the ViT: it says what the ViT is worth in v2."""
+
+    network_options: ClassVar[dict[str, Any]] = {"context": False}
+    weights = "none"
+    weights_are_fixed = True

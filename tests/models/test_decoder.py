@@ -77,19 +77,25 @@ def test_a_pixel_sees_its_own_token_only():
     assert torch.equal(changed, expected)
 
 
-def test_few_tokens_go_through_convolutions_and_many_do_not(monkeypatch):
-    _, decoder = pair(15)
-    calls, decode_maps = [], decoder._decode_maps
-
-    def watched(maps):
-        calls.append(maps.shape)
-        return decode_maps(maps)
-
-    monkeypatch.setattr(decoder, "_decode_maps", watched)
-    decoder(torch.randn(1, 15, WIDTH), GRID)
-    assert calls == [(1, WIDTH, *GRID)]
-    assert decoder(torch.randn(2, 15, WIDTH), GRID).shape == (2, CLASSES, 48, 80)
-    assert len(calls) == 1
+@pytest.mark.parametrize(
+    ("chunk", "tokens", "pieces"),
+    [("auto", 15, [15]), ("auto", 150, [128, 22]), (7, 15, [7, 7, 1])],
+)
+def test_tokens_are_decoded_so_many_at_a_time_and_weights_laid_out_once(
+    chunk, tokens, pieces, monkeypatch
+):
+    """However few they are: whole maps are slower at any size."""
+    _, decoder = pair(chunk)
+    seen, laid_out = [], []
+    decode, matrix = decoder._decode, type(decoder.upsampling[0]).matrix
+    monkeypatch.setattr(decoder, "_decode", lambda x, m: seen.append(len(x)) or decode(x, m))
+    monkeypatch.setattr(
+        type(decoder.upsampling[0]), "matrix", lambda stage: laid_out.append(stage) or matrix(stage)
+    )
+    with torch.no_grad():
+        decoder(torch.randn(1, tokens, WIDTH), (tokens // 5, 5))
+    assert seen == pieces
+    assert laid_out == list(decoder.upsampling)
 
 
 def test_parameters_have_the_names_and_shapes_of_the_references():

@@ -21,10 +21,12 @@ NAMES = [
     *(name for name, module in discovery.TRAINERS.items() if module.endswith("baseline_trainers")),
     "MedDINOv3Trainer_singlescale_matched",
     "MedDINOv3Trainer_v2",
+    "MedDINOv3Trainer_v2_convs",
 ]
 for unet in ("UNetTrainer", "UNetTrainer_adamw"):  # nnU-Net's own
     NAMES.remove(unet)
-ON_A_VIT = [name for name in NAMES if "SegFormer" not in name]
+RANDOM = ["SegFormerTrainer", "MedDINOv3Trainer_v2_convs"]  # on purpose
+ON_A_VIT = [name for name in NAMES if "SegFormer" not in name and name not in RANDOM]
 FROZEN = ["SegDINOTrainer", "DinoUNetTrainer"]
 
 
@@ -148,6 +150,24 @@ def test_the_vit_of_v2_learns_more_slowly_towards_the_image(make):
     assert grouped == sum(p.requires_grad for p in trainer.network.parameters())
 
 
+def test_v2_without_the_vit_neither_runs_nor_trains_it(make, monkeypatch):
+    trainer = make("MedDINOv3Trainer_v2_convs")
+    trainer.initialize()
+    network, whole = trainer.network, make("MedDINOv3Trainer_v2")
+    whole.initialize()
+    monkeypatch.setattr(type(network), "_features", lambda *args: pytest.fail("the ViT ran"))
+    assert network(torch.randn(1, 1, 64, 64)).shape == (1, 3, 64, 64)
+    groups = trainer.optimizer.param_groups
+    assert {id(p) for g in groups for p in g["params"]} == {
+        id(p) for p in network.decoder.parameters()
+    }
+    left_out = {n for n, _ in whole.network.decoder.named_parameters()} - {
+        n for n, _ in network.decoder.named_parameters()
+    }
+    assert left_out
+    assert all(name.startswith("context.") for name in left_out)
+
+
 def test_networks_are_what_their_names_say(make):
     def network(name):
         trainer = make(name)
@@ -210,7 +230,7 @@ def test_random_weights_are_only_ever_asked_for(make, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in NAMES:
-        if name == "SegFormerTrainer":  # whose weights are random
+        if name in RANDOM:
             continue
         trainer = make(name)
         with pytest.raises(UserError, match=r"offline.*MEDDINOV3_WEIGHTS"):
