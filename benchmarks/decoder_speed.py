@@ -8,6 +8,7 @@ Interleaved, median of the repetitions, the ratio against the plain decoder of t
 import argparse
 import statistics
 import time
+from typing import Literal
 
 import torch
 
@@ -33,17 +34,17 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=28, help="patches along each side")
     parser.add_argument("--width", type=int, default=3072, help="width of the aggregated tokens")
     parser.add_argument("--classes", type=int, default=16)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[512])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     decoder = TokenDecoder(args.width, args.classes).to(args.device)
     tokens = torch.randn(1, args.grid**2, args.width, device=args.device, requires_grad=True)
-    variants = [None, *args.chunks]
+    variants: list[int | Literal["auto"] | None] = [None, "auto", *args.chunks]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}")
     for training in (False, True):
-        seconds: dict[int | None, list[float]] = {chunk: [] for chunk in variants}
+        seconds: dict[object, list[float]] = {chunk: [] for chunk in variants}
         for repetition in range(args.repetitions + 1):
             for chunk in variants:
                 decoder.chunk = chunk
@@ -54,7 +55,8 @@ def main() -> None:
         print("\nforward and backward" if training else "\nforward")
         for chunk in variants:
             median = statistics.median(seconds[chunk])
-            name = "plain convolutions" if chunk is None else f"{chunk} tokens at a time"
+            name = f"{chunk} tokens at a time" if isinstance(chunk, int) else chunk
+            name = name or "plain convolutions"
             print(f"{name:24} {median:8.3f} s   {plain / median:5.2f} x")
 
 

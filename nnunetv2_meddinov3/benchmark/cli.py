@@ -114,7 +114,7 @@ def _collect(recipe: Recipe, arguments: argparse.Namespace) -> int:
         results, folder = gather(recipe, arguments.output), arguments.output / "results"
         write_results(folder, results)
     report = arguments.output / "report.html"
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "figures").mkdir(parents=True, exist_ok=True)
     write_comparison(report, recipe, results)
     print(f"{len(results.runs)} of {len(jobs(recipe))} jobs are done.")
     print(f"Written: {report}; its numbers are in {folder}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from nnunetv2_meddinov3.evaluation.statistics import (
     rank_stability,
 )
 from nnunetv2_meddinov3.evaluation.summary import OVER_LABELS
+from nnunetv2_meddinov3.files import replacing
 from nnunetv2_meddinov3.html import Block, Items, Picture, Section, Table, Text, write_page
 
 _WORST = 5  # patients that are shown
@@ -41,35 +43,48 @@ _HOW = (
 
 
 def write_comparison(path: Path, recipe: Recipe, results: Results) -> None:
-    """Write one HTML file that needs no other.
+    """Write one HTML file that needs no other, and its figures beside it, in ``figures``.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If one cannot be written.
     """
     titles = {d.name: d.title or d.name for d in recipe.datasets}
-    sections = []
+    sections, figures = [], {}
     for dataset, budget, cases in settings(recipe, results):
         share = "all training cases" if cases == ALL else f"{cases} training cases"
         title = f"{titles[dataset]}, {budget}, {share}"
         found = {m: scores(recipe, results, dataset, budget, cases, m) for m in SCORES}
-        sections.append(Section(title, _setting(recipe, results, (dataset, budget, cases), found)))
+        figure = figures[title] = _plot(found["dice"])
+        setting = dataset, budget, cases
+        sections.append(Section(title, _setting(recipe, results, setting, found, figure)))
     if recipe.few_cases:
-        curves = [few_cases_plot(recipe, results, d.name, titles[d.name]) for d in recipe.datasets]
-        pictures = [Picture(png, "Dice by number of training cases") for png in curves if png]
+        pictures = []
+        for dataset, title in titles.items():
+            if png := few_cases_plot(recipe, results, dataset, title):
+                figures[f"{title}, few cases"] = png
+                pictures.append(Picture(png, "Dice by number of training cases"))
         sections.append(Section("Few cases", pictures))
     sections.append(Section("Protocol", _protocol(recipe, results)))
     blocks: list[Block] = [Text(_HOW, "note")]
+    for title, png in figures.items():
+        name = re.sub(r"\W+", "_", title).strip("_").lower()
+        with replacing(path.parent / "figures" / f"{name}.png") as part:
+            part.write_bytes(png)
     write_page(path, recipe.title or recipe.name, blocks, sections)
 
 
 def _setting(
-    recipe: Recipe, results: Results, setting: tuple[str, str, str], found: dict[str, Scores]
+    recipe: Recipe,
+    results: Results,
+    setting: tuple[str, str, str],
+    found: dict[str, Scores],
+    figure: bytes,
 ) -> list[Block]:
     dice = found["dice"]
     blocks: list[Block] = [_table(recipe, results, setting, found)]
     if len(dice.tables) > 1:
         blocks += [_tests(recipe, dice, "dice"), *_ranks(dice)]
-    blocks.append(Picture(_plot(dice), "Mean Dice of each label and method, with intervals"))
+    blocks.append(Picture(figure, "Mean Dice of each label and method, with intervals"))
     blocks += _worst(dice)
     return blocks
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 _CHUNKS = {"cpu": 128, "cuda": 512}  # tokens; the fastest for ViT-S and ViT-B on a CPU core
+_KEPT = 512  # tokens: no more are decoded in training without recomputing them afterwards
 
 
 class _Upsampling(nn.Module):
@@ -64,9 +65,9 @@ class TokenDecoder(nn.Module):
         in_channels: Width of the (concatenated) tokens, a multiple of ``patch_size``.
         num_classes: Output channels K.
         patch_size: Patch side in pixels, a power of two.
-        chunk: Tokens decoded at a time and recomputed in the backward pass; with ``"auto"`` as many
-            as are fast on the device. With None whole maps go through the convolutions as in the
-            reference.
+        chunk: Tokens decoded at a time and recomputed in the backward pass. With ``"auto"`` as many
+            as are fast on the device, and recomputed if there are more than 512; with None whole
+            maps go through the convolutions as in the reference.
     """
 
     def __init__(
@@ -111,8 +112,10 @@ class TokenDecoder(nn.Module):
         if chunk == "auto":
             chunk = _CHUNKS.get(tokens.device.type, _CHUNKS["cuda"])
         matrices = [stage.matrix() for stage in self.upsampling]
-        pieces = tokens.flatten(0, 1).split(chunk)
-        if len(pieces) > 1 and torch.is_grad_enabled():
+        every = tokens.flatten(0, 1)
+        pieces = every.split(chunk)
+        many = len(pieces) > 1 if self.chunk != "auto" else len(every) > _KEPT
+        if many and torch.is_grad_enabled():
             decoded = [
                 checkpoint(self._decode, piece, matrices, use_reentrant=False) for piece in pieces
             ]

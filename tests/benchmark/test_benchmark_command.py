@@ -241,6 +241,12 @@ def test_the_report_has_our_numbers_beside_the_published_ones(place, monkeypatch
     assert "They used other discs." in text
     assert "- (below 6 patients)" in text
     assert page.count("data:image/png") == 4  # a plot a setting, and the few cases
+    assert {p.name for p in (place / "out" / "figures").iterdir()} == {
+        "dataset701_discs_equal_iterations_all_training_cases.png",
+        "dataset701_discs_equal_iterations_2_training_cases.png",
+        "dataset701_discs_equal_time_all_training_cases.png",
+        "dataset701_discs_few_cases.png",
+    }
     before = page
     elsewhere = ["benchmark", "collect", place / "recipe.yaml", "-o", place / "again"]
     main([str(p) for p in [*elsewhere, "--results", place / "out" / "results"]])

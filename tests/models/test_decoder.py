@@ -137,6 +137,15 @@ def test_no_full_map_is_kept_for_the_backward_pass():
     assert other < logits.nbytes  # less than even the logits: the tokens and the parameters
 
 
+@pytest.mark.parametrize(("tokens", "is_recomputed"), [(512, False), (516, True)])
+def test_few_tokens_are_not_recomputed(tokens, is_recomputed, monkeypatch):
+    decoder = TokenDecoder(WIDTH, CLASSES)
+    decoded, decode = [], decoder._decode
+    monkeypatch.setattr(decoder, "_decode", lambda x, m: decoded.append(len(x)) or decode(x, m))
+    decoder(torch.randn(1, tokens, WIDTH), (tokens // 4, 4)).sum().backward()
+    assert sum(decoded) == tokens * (2 if is_recomputed else 1)
+
+
 def test_without_gradients_nothing_is_recomputed(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("nothing is recomputed without gradients")
