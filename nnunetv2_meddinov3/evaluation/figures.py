@@ -40,8 +40,10 @@ def label_plot(
         places = [at + (number - (len(methods) - 1) / 2) * step for at, _ in known]
         means = [i.mean for _, i in known]
         sides = [[i.mean - i.low for _, i in known], [i.high - i.mean for _, i in known]]
+        # ten colours; further methods have them again with another mark
+        mark = "osD^v"[number // 10 % 5]
         axis.errorbar(
-            means, places, xerr=sides, fmt="o", ms=4, lw=1.3, capsize=2, label=method or None
+            means, places, xerr=sides, fmt=mark, ms=4, lw=1.3, capsize=2, label=method or None
         )
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
