@@ -89,10 +89,10 @@ def describe(
 
 def hippocampus(source: Path, raw: Path) -> None:
     """Copy the cases; ``source`` has images and labels, or imagesTr and labelsTr."""
-    ends = ("Tr" if (source / "imagesTr").is_dir() else ""), ".nii.gz"
+    end = "Tr" if (source / "imagesTr").is_dir() else ""
     cases = [f"hippocampus_{int(number):03d}" for number in HIPPOCAMPUS_CASES.split()]
     found = {
-        case: [source / f"{part}{ends[0]}" / f"{case}{ends[1]}" for part in ("images", "labels")]
+        case: [source / f"{part}{end}" / f"{case}.nii.gz" for part in ("images", "labels")]
         for case in cases
     }
     if missing := [str(path) for paths in found.values() for path in paths if not path.is_file()]:

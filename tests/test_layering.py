@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "datasets": SHARED,
-    "benchmark": SHARED | {"evaluation", "cli", "discovery"},
+    "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},
     "demo": SHARED | {"evaluation", "planning"},
     "discovery": SHARED | {"readiness", "spelling", "stock_commands", "stock_options"},
     "stock_commands": SHARED | {"readiness", "spelling", "stock_options"},

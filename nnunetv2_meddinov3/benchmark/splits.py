@@ -11,8 +11,6 @@ from nnunetv2_meddinov3.benchmark.recipe import ALL, Dataset, Recipe
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.files import write_text
 
-FOLDS = "folds.json"
-
 
 def with_few_cases(
     splits: Sequence[dict[str, list[str]]], recipe: Recipe
@@ -65,13 +63,10 @@ def write_folds(recipe: Recipe, dataset: Dataset, folders: Mapping[str, Path], o
             )
         base = base or given
     if base is None:
-        from nnunetv2.utilities.crossval_split import generate_crossval_split
-
+        from nnunetv2_meddinov3.datasets.convert import five_folds
         from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
 
-        cases = sorted(open_raw_dataset(raw).images())
-        found = generate_crossval_split(cases, seed=12345, n_splits=5)
-        base = [{part: list(map(str, fold[part])) for part in ("train", "val")} for fold in found]
+        base = five_folds(list(open_raw_dataset(raw).images()))
     folds, index = with_few_cases(base, recipe)
     write_text(splits_file, f"{json.dumps(folds, indent=1)}\n")
     _folds_file(dataset, out).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +75,7 @@ def write_folds(recipe: Recipe, dataset: Dataset, folders: Mapping[str, Path], o
 
 def _folds_file(dataset: Dataset, out: Path) -> Path:
     """Return where a recipe notes which fold has which of its cases."""
-    return out / "prepared" / f"{dataset.name}__{FOLDS}"
+    return out / "prepared" / f"{dataset.name}__folds.json"
 
 
 def read_folds(dataset: Dataset, out: Path) -> dict[str, int]:

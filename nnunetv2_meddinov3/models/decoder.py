@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-_CHUNKS = {"cpu": 128, "cuda": 512}  # tokens; the fastest for ViT-S and ViT-B on a CPU core
+_CPU_CHUNK = 128  # tokens; fast for ViT-S and ViT-B alike, see docs/benchmarks.md
 _KEPT = 512  # tokens: no more are decoded in training without recomputing them afterwards
 
 
@@ -108,14 +108,14 @@ class TokenDecoder(nn.Module):
         """
         if self.chunk is None:
             return self._decode_maps(tokens.transpose(1, 2).unflatten(2, grid_size))
-        chunk = self.chunk
-        if chunk == "auto":
-            chunk = _CHUNKS.get(tokens.device.type, _CHUNKS["cuda"])
+        if self.chunk == "auto":
+            chunk, kept = _CPU_CHUNK if tokens.device.type == "cpu" else _KEPT, _KEPT
+        else:
+            chunk = kept = self.chunk
         matrices = [stage.matrix() for stage in self.upsampling]
         every = tokens.flatten(0, 1)
         pieces = every.split(chunk)
-        many = len(pieces) > 1 if self.chunk != "auto" else len(every) > _KEPT
-        if many and torch.is_grad_enabled():
+        if len(every) > kept and torch.is_grad_enabled():
             decoded = [
                 checkpoint(self._decode, piece, matrices, use_reentrant=False) for piece in pieces
             ]
