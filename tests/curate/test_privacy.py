@@ -115,7 +115,7 @@ def test_stores_without_a_key_merge_to_one_without(tmp_path):
         merge([tmp_path / "a"], tmp_path / "n", with_key=True)
 
 
-SECRETS = ("Doe", "4711", "hospital", "Smith", "tests_of", "1.2.826")
+SECRETS = ("Doe", "47110815", "hospital", "Smith", "tests_of", "1.2.826")
 
 
 def everything_said(store):
@@ -130,10 +130,10 @@ def everything_said(store):
 def named(tmp_path, make_ct, write_image, write_series):
     """Sources whose names are those of people, one of them broken, one to be excluded."""
     folder = tmp_path / "hospital"
-    write_image(folder / "JohnDoe_4711" / "ct.nii.gz", make_ct(3, 24, seed=0))
+    write_image(folder / "JohnDoe_47110815" / "ct.nii.gz", make_ct(3, 24, seed=0))
     write_image(folder / "Smith.nrrd", make_ct(3, 24, seed=1))
     write_series(folder / "JaneDoe", make_ct(3, 24, seed=2))
-    (folder / "JohnDoe_4711" / "Doe.nii.gz").write_bytes(b"no image")
+    (folder / "JohnDoe_47110815" / "Doe.nii.gz").write_bytes(b"no image")
     (folder / "Smith.xyz").write_bytes(b"what")
     (folder / "Doe.nii.gz").symlink_to(tmp_path / "nowhere")
     write_image(tmp_path / "tests_of_Smith" / "t.nii.gz", make_ct(3, 24, seed=1))
@@ -145,7 +145,7 @@ def test_hidden_names_are_nowhere_in_the_store_and_stay_the_same(tmp_path, named
     tests, store = tmp_path / "tests_of_Smith", tmp_path / "s"
     summary = curate([named], store, hide_paths=True, exclude=[tests])
     assert (summary.entered, len(summary.excluded), len(summary.skipped)) == (2, 1, 3)
-    assert any("JohnDoe_4711" in key for key, _ in summary.skipped)  # who runs it may know
+    assert any("JohnDoe_47110815" in key for key, _ in summary.skipped)  # who runs it may know
     said = everything_said(store)
     assert [secret for secret in SECRETS if secret in said] == []
     assert len(read_skips(store)) == 4
@@ -159,11 +159,11 @@ def test_hidden_names_are_nowhere_in_the_store_and_stay_the_same(tmp_path, named
 
 def test_one_file_of_a_hidden_store_that_was_mended_enters_in_its_place(tmp_path, named, make_ct):
     store = tmp_path / "s"
-    curate([named / "Smith.nrrd", named / "JohnDoe_4711"], store, hide_paths=True)
+    curate([named / "Smith.nrrd", named / "JohnDoe_47110815"], store, hide_paths=True)
     before = {record.source_key for record in read_records(store)}
-    shutil.copy(named / "Smith.nrrd", named / "JohnDoe_4711" / "x.nrrd")
-    shutil.copy(named / "JohnDoe_4711" / "ct.nii.gz", named / "JohnDoe_4711" / "Doe.nii.gz")
-    curate([named / "Smith.nrrd", named / "JohnDoe_4711"], store, hide_paths=True)
+    shutil.copy(named / "Smith.nrrd", named / "JohnDoe_47110815" / "x.nrrd")
+    shutil.copy(named / "JohnDoe_47110815" / "ct.nii.gz", named / "JohnDoe_47110815" / "Doe.nii.gz")
+    curate([named / "Smith.nrrd", named / "JohnDoe_47110815"], store, hide_paths=True)
     assert before < {record.source_key for record in read_records(store)}
     assert read_skips(store) == []
 
