@@ -39,8 +39,8 @@ VERBS = {
         "nnUNetv2_train",
     ),
     "predict": Verb(
-        "nnUNetv2_predict with our trainers registered, however this package was installed",
-        "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
+        "nnUNetv2_predict, faster for 2D configurations: the same arguments and files",
+        "nnunetv2_meddinov3.prediction.predictor:main",
         "nnUNetv2_predict",
     ),
     "curate": Verb(

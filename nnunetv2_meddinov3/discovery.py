@@ -6,6 +6,8 @@ planners, a module-level ``__getattr__`` (PEP 562) that answers to our names and
 stock commands take ``-tr MedDINOv3Trainer`` and ``-pl MedDINOv3Planner``. Nothing of nnU-Net is
 written to or replaced, and our own code is imported only when one of our names is asked for.
 
+With ``MEDDINOV3_PREDICTOR=1``, and only then, nnU-Net's commands for prediction use our predictor.
+
 Where one of nnU-Net's commands names one of ours, or a misspelt one, what it needs is checked as
 soon as it imports its module, before torch; commands without our names are not touched.
 
@@ -17,6 +19,7 @@ import os
 import sys
 
 OPT_OUT = "MEDDINOV3_AUTOREGISTER"
+PREDICTOR = "MEDDINOV3_PREDICTOR"
 
 _TRAINER_MODULE = "nnunetv2_meddinov3.trainers.meddinov3_trainers"
 _TRAINER_HOST = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
@@ -65,10 +68,12 @@ TRAINERS = (
 PLANNERS = {"MedDINOv3Planner": "nnunetv2_meddinov3.planning"}
 """Name of each planner -> module that defines it."""
 
+_PREDICTION = "nnunetv2.inference.predict_from_raw_data"
+
 # Modules of nnU-Net's commands: imported by a command, they tell that it starts.
 _COMMANDS = (
     "nnunetv2.run.run_training",
-    "nnunetv2.inference.predict_from_raw_data",
+    _PREDICTION,
     "nnunetv2.evaluation.find_best_configuration",
     "nnunetv2.model_sharing.entry_points",
     "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
@@ -100,6 +105,8 @@ def register():
     for host in _HOSTS:
         if host in sys.modules:
             _attach(sys.modules[host])
+    if _PREDICTION in sys.modules and _wants_our_predictor():
+        _use_our_predictor()
 
 
 def is_registered() -> bool:
@@ -257,13 +264,33 @@ def _own_command():
     return command, sys.argv[1:]
 
 
+def _wants_our_predictor():
+    """Return whether the user asked for our predictor in nnU-Net's own commands.
+
+    Raises:
+        UserError: If the variable says neither yes nor no.
+    """
+    value = os.environ.get(PREDICTOR, "").strip()
+    if value not in ("", "0", "1"):
+        from nnunetv2_meddinov3.errors import UserError
+
+        raise UserError(f"{PREDICTOR} must be 0 or 1, got {value!r}.")
+    return value == "1"
+
+
+def _use_our_predictor():
+    from nnunetv2_meddinov3.prediction.predictor import use_in_stock_command
+
+    use_in_stock_command()
+
+
 class _HostFinder:
     """Let the other finders find nnU-Net's two modules, and attach to them after they ran."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname in _COMMANDS and (own := _own_command()):
             check_command(*own)
-        if fullname not in _HOSTS:
+        if fullname not in _HOSTS and not (fullname == _PREDICTION and _wants_our_predictor()):
             return None
         for finder in sys.meta_path:
             if isinstance(finder, _HostFinder) or not hasattr(finder, "find_spec"):
@@ -282,5 +309,7 @@ class _HostFinder:
             execute(module)
             if module.__name__ in _HOSTS:  # some loaders (zip files) serve many modules
                 _attach(module)
+            elif module.__name__ == _PREDICTION:
+                _use_our_predictor()
 
         spec.loader.exec_module = exec_module

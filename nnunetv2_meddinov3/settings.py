@@ -12,6 +12,7 @@ VARIABLES = {
     "MEDDINOV3_EPOCHS": "number of epochs instead of the recipe's",
     "MEDDINOV3_ITERATIONS": "training iterations per epoch instead of 250",
     "MEDDINOV3_CHECKPOINTING": "1 recomputes the ViT's activations to save GPU memory",
+    "MEDDINOV3_PREDICTOR": "1 lets nnUNetv2_predict use the predictor of meddinov3 predict",
     "MEDDINOV3_AUTOREGISTER": "0 keeps the start-up file from registering our names",
 }
 SIZE_NAMES = (

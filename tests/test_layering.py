@@ -37,13 +37,17 @@ MAY_IMPORT = {
     "curate": SHARED | {"store"},
     "models": SHARED,
     "pretrain": SHARED | {"store", "models"},
-    **dict.fromkeys(NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness"}),
+    **dict.fromkeys(
+        NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness", "prediction"}
+    ),
+    "prediction": SHARED,
     "readiness": SHARED,
     "evaluation": SHARED,
     "datasets": SHARED,
     "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},
     "demo": SHARED | {"evaluation", "planning"},
-    "discovery": SHARED | {"readiness", "spelling", "stock_commands", "stock_options"},
+    "discovery": SHARED
+    | {"readiness", "spelling", "stock_commands", "stock_options", "prediction"},
     "stock_commands": SHARED | {"readiness", "spelling", "stock_options"},
     "stock_options": SHARED,
     "spelling": SHARED,
@@ -67,11 +71,12 @@ BY_NAME = {
     ),
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
+        | {f"{OURS}.prediction"}
         | {
             f"{OURS}.{name}"
             for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")
         }
-        | {"nnunetv2.run", "nnunetv2.inference", "import_module(module_name)"},
+        | {"nnunetv2.run", "import_module(module_name)"},
         "a table of verbs, each imported only when it is asked for",
     ),
     "discovery.py": (

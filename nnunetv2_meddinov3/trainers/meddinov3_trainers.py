@@ -18,6 +18,7 @@ from nnunetv2_meddinov3 import fine_tuning, folds, optimisation, readiness
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmentation_network import Network
+from nnunetv2_meddinov3.prediction.predictor import used_in_validation
 from nnunetv2_meddinov3.settings import check_variables, checkpointing_setting, count_setting
 from nnunetv2_meddinov3.step_guard import StepGuard
 
@@ -80,7 +81,8 @@ class MedDINOv3Trainer(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict and measure the validation cases, once it is certain that labels are there."""
         readiness.check_labels(self)
-        super().perform_actual_validation(save_probabilities)
+        with used_in_validation():
+            super().perform_actual_validation(save_probabilities)
 
     def initialize(self) -> None:
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.

@@ -68,7 +68,7 @@ class Desk:
     def __call__(self, name, *arguments, **variables):
         done = self.environment.stock_command(name, *arguments, **self.variables, **variables)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
+        return done.stdout + done.stderr
 
     def prepare(self, number, size):
         options = ("-np", "1", "-npfp", "1", "--verify_dataset_integrity")
@@ -79,10 +79,12 @@ class Desk:
         names = (number, f"2d_{size}", "0", "-tr", trainer, *PLANS)
         return self("nnUNetv2_train", *names, *HERE, *more, nnUNet_n_proc_DA="0")
 
-    def predict(self, number, size, images, out, trainer="MedDINOv3Trainer"):
+    def predict(self, number, size, images, out, *, command=("nnUNetv2_predict",), **variables):
         places = ("-i", images, "-o", self.root / out, "-npp", "0", "-nps", "0")
-        names = ("-d", number, "-c", f"2d_{size}", "-f", "0", "-tr", trainer, *PLANS)
-        self("nnUNetv2_predict", *map(str, places), *names, *HERE)
+        names = ("-d", number, "-c", f"2d_{size}", "-f", "0", "-tr", "MedDINOv3Trainer", *PLANS)
+        said = self(*command, *map(str, places), *names, *HERE, **variables)
+        is_ours = command != ("nnUNetv2_predict",) or bool(variables)
+        assert ("/4 slices" in said) == is_ours
         return hashes(self.root / out)
 
     def session(self, *commands):
@@ -122,6 +124,10 @@ def test_train_here_predict_there_without_the_weights_file(installed, released_f
     images = next((tmp_path / "here" / "raw").glob("Dataset*/imagesTs"))
     expected = here.predict(number, "64", images, "predicted")
     assert expected
+    ours = here.predict(number, "64", images, "ours", command=("meddinov3", "predict"))
+    assert ours == expected
+    asked = here.predict(number, "64", images, "asked", MEDDINOV3_PREDICTOR="1")
+    assert asked == expected
     here.train(number, "64", "--c")
     assert here.predict(number, "64", images, "after_c") == expected
     archive = tmp_path / "model.zip"
