@@ -226,17 +226,17 @@ def rotary_embedding(
     grid_size: tuple[int, int],
     dtype: torch.dtype,
     *,
-    shift: Float[Tensor, "2"] | None = None,
-    factor: Float[Tensor, "2"] | None = None,
-) -> Float[Tensor, "patch 8*period"]:
+    shift: Float[Tensor, "*draw 2"] | None = None,
+    factor: Float[Tensor, "*draw 2"] | None = None,
+) -> Float[Tensor, "*draw patch 8*period"]:
     """Return sines and cosines of the patch centres, computed in ``dtype`` as in the original.
 
     Args:
         periods: A quarter of the head width of them.
         grid_size: Patches along height and width.
         dtype: fp32, or bf16, which is what DINOv3's and MedDINOv3's training ran.
-        shift: Added to the coordinates of each axis, which lie in [-1, 1].
-        factor: What the shifted coordinates are multiplied by.
+        shift: Added to the coordinates of each axis, which lie in [-1, 1]; of several draws.
+        factor: What the shifted coordinates are multiplied by; of as many draws.
 
     Returns:
         All sines, then all cosines, twice the head width.
@@ -246,8 +246,8 @@ def rotary_embedding(
         centres = torch.arange(0.5, n, device=periods.device, dtype=dtype) / n
         axes.append(2 * centres - 1)
     coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (P, 2)
-    coords = coords if shift is None else coords + shift
-    coords = coords if factor is None else coords * factor
-    angles = 2 * math.pi * coords[:, :, None] / periods.to(dtype)
-    angles = angles.flatten(1).tile(2)
+    coords = coords if shift is None else coords + shift[..., None, :]
+    coords = coords if factor is None else coords * factor[..., None, :]
+    angles = 2 * math.pi * coords[..., None] / periods.to(dtype)
+    angles = angles.flatten(-2).tile(2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -118,8 +118,7 @@ def build_optimizer(student: Student, config: Optim, device: torch.device) -> to
         parameter_groups(student, config),
         lr=0.0,
         betas=(first, second),
-        fused=device.type == "cuda",
-        foreach=device.type != "cuda",
+        fused=device.type in ("cuda", "cpu"),
     )
 
 

@@ -160,13 +160,11 @@ def encode(
         x, grid = _embed(backbone, images, mask)
         xs.append(x)
         grids.append(grid)
-    augments = stochastic is not None and stochastic.augments_rope
-    plain = [None if augments else _embedding(backbone, grid) for grid in grids]
-    for block in backbone.vit.blocks:
-        inputs = [
-            _block_inputs(backbone, len(x), grid, ready, stochastic, generator)
-            for x, grid, ready in zip(xs, grids, plain, strict=True)
-        ]
+    drawn = [
+        _block_inputs(backbone, len(x), grid, stochastic, generator)
+        for x, grid in zip(xs, grids, strict=True)
+    ]
+    for block, *inputs in zip(backbone.vit.blocks, *drawn, strict=True):
         if backbone.vit.grad_checkpointing and torch.is_grad_enabled():
             xs = checkpoint(block, xs, inputs, use_reentrant=False)
         else:
@@ -215,28 +213,31 @@ def _block_inputs(
     backbone: Backbone,
     images: int,
     grid: tuple[int, int],
-    plain: Tensor | None,
     stochastic: StochasticOptions | None,
     generator: torch.Generator | None,
-) -> BlockInputs:
-    """Draw for one block and one group: another scale and another subset in every block."""
-    rate = 0.0 if stochastic is None else stochastic.drop_path
-    if plain is not None and not rate:
-        return BlockInputs(plain)
-    if stochastic is None or generator is None:
+) -> list[BlockInputs]:
+    """Draw for all blocks and one group at once: another scale and another subset in every block.
+
+    A draw for each block is as many small operations, which a GPU waits for.
+    """
+    blocks = len(backbone.vit.blocks)
+    if stochastic is None or not (stochastic.augments_rope or stochastic.drop_path):
+        return [BlockInputs(_embedding(backbone, grid))] * blocks
+    if generator is None:
         raise ValueError("drop path and RoPE augmentation need a generator to be drawn from")
-    embedding = plain
-    if embedding is None:
-        embedding = augmented_embedding(backbone, grid, stochastic, generator)
-    kept = max(int(images * (1 - rate)), 1)
+    embeddings: Sequence[Tensor]
+    if stochastic.augments_rope:
+        embeddings = augmented_embeddings(backbone, grid, stochastic, generator).unbind()
+    else:
+        embeddings = [_embedding(backbone, grid)] * blocks
+    kept = max(int(images * (1 - stochastic.drop_path)), 1)
     if kept == images:
-        return BlockInputs(embedding)
+        return [BlockInputs(embedding) for embedding in embeddings]
+    order = torch.rand(2, blocks, images, generator=generator).argsort(-1)
     device = _periods(backbone).device
-    subsets = [
-        torch.randperm(images, generator=generator)[:kept].to(device, non_blocking=True)
-        for _ in range(2)
-    ]
-    return BlockInputs(embedding, *subsets)
+    by_attention, by_mlp = order[..., :kept].contiguous().to(device, non_blocking=True)
+    each = zip(embeddings, by_attention.unbind(), by_mlp.unbind(), strict=True)
+    return [BlockInputs(*inputs) for inputs in each]
 
 
 def _embedding(backbone: Backbone, grid: tuple[int, int]) -> Tensor:
@@ -248,34 +249,26 @@ def _periods(backbone: Backbone) -> Tensor:
     return backbone.vit.rope.get_buffer("periods")
 
 
-def augmented_embedding(
+def augmented_embeddings(
     backbone: Backbone,
     grid: tuple[int, int],
     stochastic: StochasticOptions,
     generator: torch.Generator,
-) -> Float[Tensor, "patch width"]:
-    """Return the rotary embedding of coordinates shifted, jittered and rescaled, in this order."""
-
-    def uniform(limit: float, count: int) -> Tensor:
-        return (2 * torch.rand(count, generator=generator) - 1) * limit
-
-    shift, factor = torch.zeros(2), torch.ones(2)
-    if stochastic.rope_shift:
-        shift = uniform(stochastic.rope_shift, 2)
-    if stochastic.rope_jitter:
-        factor = uniform(math.log(stochastic.rope_jitter), 2).exp()
-    if stochastic.rope_rescale:
-        factor = factor * uniform(math.log(stochastic.rope_rescale), 1).exp()
+) -> Float[Tensor, "block patch width"]:
+    """Return each block's rotary embedding of coordinates shifted, jittered and rescaled."""
+    blocks = len(backbone.vit.blocks)
+    # in [-1, 1): two for the shift, two for the jitter, one for both axes' scale
+    drawn = 2 * torch.rand(blocks, 5, generator=generator) - 1
+    shift = drawn[:, :2] * (stochastic.rope_shift or 0)
+    logarithm = drawn[:, 2:4] * math.log(stochastic.rope_jitter or 1)
+    logarithm = logarithm + drawn[:, 4:] * math.log(stochastic.rope_rescale or 1)
     # (c + shift) * factor in every axis
     periods = _periods(backbone)
     dtype = ROPE_DTYPES[backbone.architecture.rope_dtype]
-    return rotary_embedding(
-        periods,
-        grid,
-        dtype,
-        shift=shift.to(periods.device, dtype, non_blocking=True),
-        factor=factor.to(periods.device, dtype, non_blocking=True),
+    shift, factor = torch.stack([shift, logarithm.exp()]).to(
+        periods.device, dtype, non_blocking=True
     )
+    return rotary_embedding(periods, grid, dtype, shift=shift, factor=factor)
 
 
 class PackedBlock(nn.Module):

@@ -276,6 +276,24 @@ def test_splitting_a_batch_and_joining_it_gives_it_back():
         batch.split(2)
 
 
+def test_batches_of_any_number_of_images_are_joined_without_looking_at_the_masks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        ViewBatch(
+            torch.randn(2 * n, 1, 32, 32, generator=generator),
+            torch.randn(3 * n, 1, 16, 16, generator=generator),
+            torch.rand(2 * n, 4, generator=generator) < 0.4,
+            images=n,
+        )
+        for n in (1, 3, 2)
+    ]
+    with monkeypatch.context() as patch:  # on a GPU it is a wait
+        patch.setattr(torch.Tensor, "nonzero", None)
+        joined = join(batches)
+    assert joined.images == 6
+    assert torch.equal(joined.mask_indices, joined.masks.flatten().nonzero()[:, 0])
+
+
 def test_swapping_the_images_of_a_batch_changes_no_loss():
     distillation = recorded_networks(LossOptions(gram=True))
     batch = recorded_batch()

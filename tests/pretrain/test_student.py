@@ -4,12 +4,12 @@ from pretrain_recorded import fill, sine
 from timm.models.eva import EvaBlock
 
 from nnunetv2_meddinov3.models.architecture import Architecture
-from nnunetv2_meddinov3.models.backbone import Backbone
+from nnunetv2_meddinov3.models.backbone import Backbone, rotary_embedding
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.student import (
     StochasticOptions,
     Student,
-    augmented_embedding,
+    augmented_embeddings,
     encode,
     pack_blocks,
 )
@@ -199,17 +199,52 @@ def test_every_block_and_every_group_sees_another_scale(monkeypatch):
     monkeypatch.setattr(student, "rotary_embedding", note)
     noise = StochasticOptions(rope_rescale=2.0)
     encode(a_vit(), [IMAGES, IMAGES[:, :, :8, :8]], None, noise, torch.Generator().manual_seed(0))
+    assert len(seen) == 2
+    seen = [factor for group in seen for factor in group]
     assert len(seen) == 4
     assert len({tuple(f) for f in seen}) == 4
     assert all(h == w and 0.5 <= h <= 2 for h, w in seen)
 
 
+def test_an_embedding_of_several_draws_is_each_draws_own():
+    periods, grid = torch.tensor([1.0, 3.0]), (2, 3)
+    shift = torch.tensor([[0.1, -0.3], [0.0, 0.2]])
+    factor = torch.tensor([[1.5, 0.7], [0.9, 1.0]])
+    together = rotary_embedding(periods, grid, torch.float32, shift=shift, factor=factor)
+    for i in range(2):
+        own = rotary_embedding(periods, grid, torch.float32, shift=shift[i], factor=factor[i])
+        assert torch.equal(together[i], own)
+
+
+def test_shift_jitter_and_scale_keep_to_their_limits(monkeypatch):
+    from nnunetv2_meddinov3.pretrain import student
+
+    vit, noise = a_vit(), StochasticOptions(rope_shift=0.3, rope_jitter=1.5, rope_rescale=2.0)
+    vit.vit.blocks = torch.nn.ModuleList(list(vit.vit.blocks) * 500)
+    seen = {}
+    original = student.rotary_embedding
+
+    def note(*args, **kwargs):
+        seen.update(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(student, "rotary_embedding", note)
+    augmented_embeddings(vit, (2, 3), noise, torch.Generator().manual_seed(0))
+    shift, factor = seen["shift"], seen["factor"]
+    assert shift.abs().max() <= 0.3
+    assert shift.abs().mean().item() == pytest.approx(0.15, abs=0.01)
+    assert not torch.equal(shift[:, 0], shift[:, 1])
+    ratio = (factor[:, 0] / factor[:, 1]).log()  # the scale is that of both axes, the jitter is not
+    assert 1.5 < ratio.exp().max() <= 1.5**2
+    assert 2.5 < factor.max() <= 3
+
+
 def test_shift_and_jitter_act_on_each_axis():
     vit = a_vit()
     generator = torch.Generator().manual_seed(0)
-    plain = augmented_embedding(vit, (2, 3), StochasticOptions(), generator)
-    shifted = augmented_embedding(vit, (2, 3), StochasticOptions(rope_shift=0.5), generator)
-    jittered = augmented_embedding(vit, (2, 3), StochasticOptions(rope_jitter=1.5), generator)
+    plain = augmented_embeddings(vit, (2, 3), StochasticOptions(), generator)
+    shifted = augmented_embeddings(vit, (2, 3), StochasticOptions(rope_shift=0.5), generator)
+    jittered = augmented_embeddings(vit, (2, 3), StochasticOptions(rope_jitter=1.5), generator)
     assert not torch.allclose(plain, shifted)
     assert not torch.allclose(plain, jittered)
 

@@ -87,12 +87,28 @@ def join(batches: Sequence[ViewBatch]) -> ViewBatch:
         return batches[0]
     counts = [b.images for b in batches]
     columns = zip(*(b._crops() for b in batches), strict=True)
-    return _batch([_join(column, counts) for column in columns], sum(counts))
+    joined = [_join(column, counts) for column in columns]
+    mask_indices = _join_indices(batches, sum(counts))
+    return _batch(joined, sum(counts), mask_indices=mask_indices)
 
 
-def _batch(crops: Sequence[Tensor], images: int) -> ViewBatch:
+def _join_indices(batches: Sequence[ViewBatch], images: int) -> Int[Tensor, " masked"]:
+    """Return where the masked patches of several batches are in the joined masks, ascending.
+
+    Worked out from the indices that the batches have: looking into the masks would be a wait.
+    """
+    moved, before = [], 0
+    for batch in batches:
+        patches = batch.masks.shape[1]
+        crop = batch.mask_indices // (batch.images * patches)
+        moved.append(batch.mask_indices + (crop * (images - batch.images) + before) * patches)
+        before += batch.images
+    return torch.cat(moved).sort().values
+
+
+def _batch(crops: Sequence[Tensor], images: int, **more: Tensor) -> ViewBatch:
     global_crops, local_crops, masks, *gram = crops
-    return ViewBatch(global_crops, local_crops, masks, gram[0] if gram else None, images)
+    return ViewBatch(global_crops, local_crops, masks, gram[0] if gram else None, images, **more)
 
 
 def _split(crops: Tensor, images: int, part: int) -> list[Tensor]:
