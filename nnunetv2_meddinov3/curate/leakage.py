@@ -4,6 +4,7 @@ Their names raise the question, so that pretraining on them is no accident; what
 decided by content.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -29,8 +30,8 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.progress import Progress
 from nnunetv2_meddinov3.store.codec import decode
 from nnunetv2_meddinov3.store.fingerprints import (
+    NearHashes,
     as_numbers,
-    bit_distances,
     slice_sha256,
     turned,
     turned_hashes,
@@ -179,7 +180,11 @@ class Guard:
         if not len(self.phashes):
             return False
         hashes = as_numbers(set(turned_hashes(stack.array[z], *stack.scale.window)))
-        return any(bit_distances(each, self.phashes).min() <= NEAR_BITS for each in hashes)
+        return self._near_hashes.any_near(hashes)
+
+    @functools.cached_property
+    def _near_hashes(self) -> NearHashes:
+        return NearHashes(self.phashes, NEAR_BITS)
 
 
 def build_guard(arguments: Sequence[Path], progress: TextIO | None = None) -> Guard:

@@ -131,3 +131,41 @@ def bit_distances(number: np.uint64, others: np.ndarray) -> np.ndarray:
         return np.bitwise_count(differing).astype(np.int64)
     words = differing.view(np.uint16).reshape(len(others), 4)
     return _POPCOUNT[words].sum(axis=1, dtype=np.int64)
+
+
+class NearHashes:
+    """Perceptual hashes among which those within a few bits of another are found quickly.
+
+    The 64 bits are dealt out to one part more than bits may differ: of two hashes that near, one
+    part is equal, so that only those with an equal part are compared (multi-index hashing: Norouzi,
+    Punjani, Fleet, CVPR 2012).
+
+    Args:
+        hashes: (N,) uint64.
+        bits: How many bits may differ, at most 15.
+    """
+
+    def __init__(self, hashes: np.ndarray, bits: int) -> None:
+        self.bits = bits
+        # every (bits + 1)-th bit: neighbouring frequencies are alike, and should not be one part
+        self._masks = [
+            np.uint64(sum(1 << place for place in range(part, 64, bits + 1)))
+            for part in range(bits + 1)
+        ]
+        self._sorted = []
+        for mask in self._masks:
+            keys = hashes & mask
+            order = np.argsort(keys)
+            self._sorted.append((keys[order], hashes[order]))
+
+    def any_near(self, numbers: np.ndarray) -> bool:
+        """Return whether a hash is within so many bits of any of the numbers (M,) uint64."""
+        for mask, (keys, hashes) in zip(self._masks, self._sorted, strict=True):
+            wanted = numbers & mask
+            first = np.searchsorted(keys, wanted, "left")
+            last = np.searchsorted(keys, wanted, "right")
+            for number, start, stop in zip(numbers, first, last, strict=True):
+                candidates = hashes[start:stop]
+                if len(candidates) and bit_distances(number, candidates).min() <= self.bits:
+                    return True
+        return False

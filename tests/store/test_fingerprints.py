@@ -5,6 +5,7 @@ import pytest
 
 from nnunetv2_meddinov3 import files
 from nnunetv2_meddinov3.store.fingerprints import (
+    NearHashes,
     as_numbers,
     bit_distances,
     digests,
@@ -75,3 +76,36 @@ def test_bits_are_counted_with_and_without_numpys_own_count(monkeypatch):
     assert bit_distances(others[0], others).tolist() == wanted
     monkeypatch.delattr(np, "bitwise_count", raising=False)
     assert bit_distances(others[0], others).tolist() == wanted
+
+
+def flipped(numbers, bits, rng):
+    """The same hashes with so many bits changed."""
+    changed = numbers.copy()
+    for i in range(len(changed)):
+        for place in rng.choice(64, bits, replace=False):
+            changed[i] ^= np.uint64(1 << int(place))
+    return changed
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4, 7])
+def test_near_hashes_are_those_that_a_look_at_all_finds(bits):
+    rng = np.random.default_rng(bits)
+    hashes = rng.integers(0, 2**64, 2000, dtype=np.uint64, endpoint=False)
+    hashes[1000:] = flipped(hashes[:1000], 3, rng)  # crowded, as those of neighbouring slices
+    near = NearHashes(hashes, bits)
+    for differing in range(10):
+        for each in flipped(hashes[:60], differing, rng):
+            wanted = bit_distances(each, hashes).min() <= bits
+            assert near.any_near(np.array([each])) == wanted
+            assert wanted or differing > bits
+    far = [n for n in rng.integers(0, 2**64, 50, dtype=np.uint64) if not near.any_near(n[None])]
+    assert all(bit_distances(each, hashes).min() > bits for each in far)
+
+
+def test_one_of_several_hashes_that_is_near_is_enough():
+    near = NearHashes(np.array([0, 2**63], np.uint64), 4)
+    far = np.uint64(0x0F0F0F0F0F0F0F0F)
+    assert not near.any_near(np.array([far, far]))
+    assert near.any_near(np.array([far, np.uint64(2**63 + 15)]))
+    assert not near.any_near(np.array([far, np.uint64(2**63 + 31)]))
+    assert not NearHashes(np.empty(0, np.uint64), 4).any_near(np.array([far]))
