@@ -79,6 +79,10 @@ VERBS = {
         "plan, train and predict on synthetic CT or on your own dataset, and report",
         "nnunetv2_meddinov3.demo.demo:main",
     ),
+    "bench": Verb(
+        "measure how fast this machine is, and which sizes and batches fit",
+        "nnunetv2_meddinov3.bench:main",
+    ),
     "doctor": Verb(
         "say what is wrong with this installation and how to fix it",
         "nnunetv2_meddinov3.doctor:main",

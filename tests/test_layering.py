@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "stock_options": SHARED,
     "spelling": SHARED,
     "ext": {"discovery"},
+    "bench": SHARED | {"models"},
     "doctor": SHARED | {"cli", "discovery", "models"},
     "cli": SHARED | {"discovery", "readiness"},
     "__main__": {"cli"},
@@ -71,7 +72,7 @@ BY_NAME = {
     ),
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.prediction"}
+        | {f"{OURS}.prediction", f"{OURS}.bench"}
         | {
             f"{OURS}.{name}"
             for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")
