@@ -106,6 +106,7 @@ class Weights:
             curate += ["--patients", self.dataset.patients]
         pretrain = [*OURS, "pretrain", self.pretraining.config, "--stage", "1", "--store", store]
         pretrain += ["--out", run, *self.pretraining.changes]
+        pretrain += self.dataset.pretraining
         return [Command(tuple(curate), {}), Command(tuple(pretrain), {})]
 
 
@@ -237,11 +238,12 @@ def _cases(
 def settings(job: Job, recipe: Recipe) -> dict[str, Any]:
     """Return what decides a job's result, as far as the recipe says it."""
     method = job.method.model_dump(exclude={"name", "note", "gpu_hours", "datasets"})
-    dataset = job.dataset.model_dump(exclude={"name", "title", "disk_gb"})
+    dataset = job.dataset.model_dump(exclude={"name", "title", "disk_gb", "pretraining"})
     budget = job.budget.model_dump(exclude={"name"})
     common = recipe.model_dump(include={"batch_size", "mirroring", "checkpoint"})
     if job.method.weights == PRETRAINED and recipe.pretraining is not None:
         common["pretraining"] = recipe.pretraining.model_dump()
+        common["pretraining"]["changes"] += job.dataset.pretraining
     return {**method, **dataset, **budget, **common}
 
 

@@ -36,6 +36,8 @@ class Dataset(_Section):
         tolerance: Of both NSDs, in mm.
         tolerances: Table of tolerances per label, as ``meddinov3 evaluate --tolerances``.
         empty: Policy of ``meddinov3 evaluate --empty``.
+        pretraining: ``key=value`` and options of ``pretrain`` for this dataset, after those of the
+            recipe's ``pretraining``.
         disk_gb: Preprocessed data at the largest configuration, an estimate.
     """
 
@@ -47,6 +49,7 @@ class Dataset(_Section):
     tolerance: float = Field(1.0, ge=0)
     tolerances: str | None = None
     empty: Literal["strict", "kits", "paper"] = "strict"
+    pretraining: list[str] = Field(default_factory=list)
     disk_gb: float | None = None
 
     @property

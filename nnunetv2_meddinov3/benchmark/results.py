@@ -57,7 +57,7 @@ def gather(recipe: Recipe, out: Path) -> Results:
             f"{out} must hold finished jobs of {recipe.name}, but holds none: run "
             "`meddinov3 benchmark run` first."
         )
-    return Results(cases, runs)
+    return _checked(Results(cases, runs))
 
 
 def _keys(job: Job) -> dict[str, str]:
@@ -82,7 +82,30 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: If one cannot be read.
     """
-    return Results(_read(folder / CASES), _read(folder / RUNS))
+    return _checked(Results(_read(folder / CASES), _read(folder / RUNS)))
+
+
+def _checked(results: Results) -> Results:
+    """Return results if all runs of a dataset's fold measured the same cases.
+
+    Raises:
+        UserError: If one has others: its mean would be that of other patients.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, ...], set[str]]] = {}
+    for row in results.cases:
+        runs = found.setdefault((row["dataset"], row["fold"]), {})
+        runs.setdefault(tuple(row[key] for key in _KEYS), set()).add(row["case"])
+    for (dataset, fold), runs in found.items():
+        every = set().union(*runs.values())
+        for run, cases in runs.items():
+            if missing := sorted(every - cases):
+                raise UserError(
+                    f"all runs on fold {fold} of {dataset} must measure the same {len(every)} "
+                    f"cases, but {' '.join(run[1:4])} of seed {run[5]} lacks {missing[0]}"
+                    f"{' and others' if len(missing) > 1 else ''}: remove its folder in jobs/ and "
+                    "run again."
+                )
+    return results
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

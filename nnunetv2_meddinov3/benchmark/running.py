@@ -307,11 +307,16 @@ def _length(job: Job, recipe: Recipe, out: Path) -> tuple[int | None, int | None
 def _train(job: Job, out: Path, fold: str, variables: dict[str, str], device: str) -> float:
     """Train, or go on where a training was stopped; return the seconds of this run."""
     place = job.model_folder(out) / f"fold_{fold}"
-    if (place / "checkpoint_final.pth").is_file():
+    is_trained = (place / "checkpoint_final.pth").is_file()
+    # nnU-Net predicts the validation cases after the last checkpoint, and this file at the end
+    is_validated = (place / "validation" / "summary.json").is_file()
+    if is_trained and (is_validated or job.dataset.evaluate_on == "test"):
         return 0.0
     arguments = [job.dataset.number, job.method.configuration, fold, "-tr", job.method.trainer]
     arguments += ["-p", job.method.plans, "-device", device]
-    if (place / "checkpoint_latest.pth").is_file():
+    if is_trained:
+        arguments.append("--val")
+    elif (place / "checkpoint_latest.pth").is_file():
         arguments.append("--c")
     if job.checkpoint == "best":
         arguments.append("--val_best")
@@ -330,6 +335,7 @@ def _predictions(
 ) -> Path:
     place = job.model_folder(out) / f"fold_{fold}"
     if job.dataset.evaluate_on == "validation":
+        _check_validated(job, place / "validation", int(fold))
         return place / "validation"
     raw = check_folders()["nnUNet_raw"] / job.dataset.name
     target = job.folder(out) / "predictions"
@@ -342,6 +348,25 @@ def _predictions(
         job.folder(out) / "predict.txt",
     )
     return target
+
+
+def _check_validated(job: Job, predictions: Path, fold: int) -> None:
+    """Refuse a validation of some of a fold's cases, whose scores would be those of others.
+
+    Raises:
+        UserError: If a case is missing.
+    """
+    folders = check_folders()
+    splits = folders["nnUNet_preprocessed"] / job.dataset.name / "splits_final.json"
+    wanted = json.loads(splits.read_text(encoding="utf-8"))[fold]["val"]
+    dataset = json.loads((folders["nnUNet_raw"] / job.dataset.name / "dataset.json").read_text())
+    missing = [n for n in wanted if not (predictions / (n + dataset["file_ending"])).is_file()]
+    if missing:
+        raise UserError(
+            f"{predictions} must have all {len(wanted)} validation cases of the fold, but lacks "
+            f"{missing[0]}{' and others' if len(missing) > 1 else ''}: remove its summary.json and "
+            "run again with --retry."
+        )
 
 
 def _process(job: Job, changes: str = "{}") -> tuple[str, ...]:
