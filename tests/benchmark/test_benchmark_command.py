@@ -77,7 +77,7 @@ def benchmark(place, verb, *more):
     return main([str(part) for part in command])
 
 
-def fake(commands, fail=lambda command: False):
+def fake(commands, fail=lambda command: False, validate=lambda folder, trainer: None):
     """A stand-in for running commands, which leaves the files that they would leave."""
 
     def run_logged(command, log):
@@ -93,8 +93,9 @@ def fake(commands, fail=lambda command: False):
             _, config, fold, _, trainer, _, plans = given[:7]
             results = running.Path(command.variables["nnUNet_results"])
             folder = results / "Dataset701_Discs" / f"{trainer}__{plans}__{config}" / f"fold_{fold}"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "checkpoint_final.pth").touch()
+            validate(folder, trainer)
             (folder / "training_log_1.txt").write_text("Epoch time: 9 s\nEpoch time: 1.5 s\n")
         elif "evaluate" in arguments:
             out = running.Path(arguments[arguments.index("-o") + 1])
@@ -112,9 +113,9 @@ def fake(commands, fail=lambda command: False):
     return run_logged
 
 
-def run_faked(place, monkeypatch, *more, fail=lambda command: False):
+def run_faked(place, monkeypatch, *more, **options):
     commands = []
-    monkeypatch.setattr(running, "run_logged", fake(commands, fail))
+    monkeypatch.setattr(running, "run_logged", fake(commands, **options))
     return benchmark(place, "run", "-device", "cpu", *more), commands
 
 
@@ -454,3 +455,62 @@ def test_a_job_keeps_to_its_share_of_the_cores():
             env={**os.environ, "OMP_NUM_THREADS": "2"},
         )
         assert done.stdout.split() == threads
+
+
+def validation(place):
+    """A recipe that measures on the validation cases of fold 0: case_0 and case_3, with others."""
+    datasets = [{"name": "Dataset701_Discs", "evaluate_on": "validation"}]
+    recipe = {**RECIPE, "datasets": datasets, "budgets": RECIPE["budgets"][:1], "few_cases": None}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def predict_all(folder, trainer):
+    """What nnU-Net leaves of a validation: its cases, then the summary."""
+    splits = next(folder.parents[6].glob("preprocessed/*/splits_final.json"))
+    for case in json.loads(splits.read_text())[0]["val"]:
+        (folder / "validation").mkdir(exist_ok=True)
+        (folder / "validation" / f"{case}.nii.gz").touch()
+    (folder / "validation" / "summary.json").touch()
+
+
+def killed_in_validation(folder, trainer):
+    """The same, killed after the first case of one method."""
+    predict_all(folder, trainer)
+    if trainer == "MedDINOv3Trainer_demo":
+        (folder / "validation" / "summary.json").unlink()
+        _, *others = sorted((folder / "validation").glob("*.nii.gz"))
+        assert others
+        for path in others:
+            path.unlink()
+
+
+def test_a_validation_that_was_stopped_is_finished(place, monkeypatch, capsys):
+    validation(place)
+    code, commands = run_faked(place, monkeypatch, validate=killed_in_validation)
+    assert code == 1
+    assert (
+        "must have all 2 validation cases of the fold, but lacks case_" in capsys.readouterr().err
+    )
+    code, commands = run_faked(place, monkeypatch, "--retry", validate=predict_all)
+    assert code == 0
+    (again,) = trained(commands)
+    assert again.arguments[-1] == "--val"
+    assert "MedDINOv3Trainer_demo" in again.arguments
+    code, commands = run_faked(place, monkeypatch, validate=predict_all)
+    assert (code, trained(commands)) == (0, [])
+
+
+def test_runs_that_measured_other_cases_are_not_compared(place, monkeypatch):
+    run_faked(place, monkeypatch)
+    assert benchmark(place, "collect") == 0
+    for folder in (place / "out" / "results", *(place / "out" / "jobs").glob("*two*/evaluation")):
+        kept = (folder / "cases.csv").read_text().splitlines()
+        at = max(i for i, line in enumerate(kept) if "case_7" in line)
+        (folder / "cases.csv").write_text("\n".join(kept[:at] + kept[at + 1 :]) + "\n")
+    lacks = (
+        r"all runs on fold 0 of Dataset701_Discs must measure the same 2 cases, but .* lacks case_7"
+    )
+    with pytest.raises(UserError, match=lacks):
+        benchmark(place, "collect")
+    with pytest.raises(UserError, match=lacks):
+        benchmark(place, "collect", "--results", place / "out" / "results")

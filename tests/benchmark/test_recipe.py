@@ -10,6 +10,7 @@ from nnunetv2_meddinov3.benchmark.jobs import (
     jobs,
     preparations,
     seconds_per_epoch,
+    settings,
     weights_to_make,
 )
 from nnunetv2_meddinov3.benchmark.recipe import SHIPPED, load_recipe
@@ -99,13 +100,22 @@ def test_weights_are_made_of_the_training_images_of_each_dataset(tmp_path):
     with pytest.raises(UserError, match="must have pretraining, which makes the weights called"):
         load_recipe(write(tmp_path, methods=methods))
     pretraining = {"config": "tiny_stage1", "changes": ["--steps", "7"]}
-    recipe = load_recipe(write(tmp_path, methods=methods, pretraining=pretraining))
+    grey = {**RECIPE["datasets"][1], "pretraining": ["data.modalities=[windowed]"]}
+    datasets = [RECIPE["datasets"][0], grey]
+    given = {"methods": methods, "pretraining": pretraining, "datasets": datasets}
+    recipe = load_recipe(write(tmp_path, **given))
     first, second = weights_to_make(recipe)
     curate, pretrain = (c.arguments[3:] for c in first.commands(tmp_path, tmp_path / "raw"))
     raw = str(tmp_path / "raw")
     assert curate[:4] == ("curate", raw, "--exclude", raw)
     assert pretrain[:4] == ("pretrain", "tiny_stage1", "--stage", "1")
     assert pretrain[-2:] == ("--steps", "7")
+    own = second.commands(tmp_path, tmp_path / "raw")[1].arguments
+    assert own[-3:] == ("--steps", "7", "data.modalities=[windowed]")
+    told = [settings(job, recipe).get("pretraining", {}).get("changes") for job in jobs(recipe)]
+    assert None in told
+    assert ["--steps", "7"] in told
+    assert ["--steps", "7", "data.modalities=[windowed]"] in told
     assert curate[curate.index("--store") + 1] == pretrain[pretrain.index("--store") + 1]
     run = pretrain[pretrain.index("--out") + 1]
     for made, dataset in ((first, "Dataset801_A"), (second, "Dataset1802_B")):
