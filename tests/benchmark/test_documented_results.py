@@ -43,4 +43,4 @@ def test_the_table_of_the_ablation_is_that_of_its_cases():
 def test_the_page_can_be_made_again_from_the_tables(name, tmp_path):
     given = ["--results", str(RESULTS / name), "-o", str(tmp_path)]
     assert main(["benchmark", "collect", name, *given]) == 0
-    assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert (tmp_path / "report.html").stat().st_size > 50_000
