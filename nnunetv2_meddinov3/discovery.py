@@ -62,6 +62,7 @@ TRAINERS = (
         ("MedDINOv3Trainer_v2", "MedDINOv3Trainer_v2_convs"),
         "nnunetv2_meddinov3.trainers.meddinov3_v2_trainer",
     )
+    | {"MedDINOv3Trainer_gpuaug": "nnunetv2_meddinov3.trainers.meddinov3_gpuaug_trainer"}
 )
 """Name of each trainer -> module that defines it."""
 

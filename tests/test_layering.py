@@ -30,6 +30,7 @@ NNUNET_SIDE = {
     "planning_cli",
 }
 NNUNET_SIDE |= {"preprocessed", "unet"}  # parts of planning
+NNUNET_SIDE |= {"augmentation"}  # part of the trainers
 MAY_IMPORT = {
     "__init__": set(),
     **dict.fromkeys(SHARED, SHARED),
