@@ -1,6 +1,7 @@
 """Run a command of nnU-Net's as a job: seeded, in its share of the cores, a trainer changed.
 
-``python -m ... SEED CHANGES COMMAND ARGUMENTS``, CHANGES JSON such as ``{"vit_lr": 1e-3}``.
+``python -m ... SEED CHANGES COMMAND ARGUMENTS``, CHANGES JSON such as ``{"vit_lr": 1e-3}``. After
+CHANGES, ``--no-validation`` ends a training without predicting its validation cases.
 
 nnU-Net has no seed. Weights, sampling and augmentation repeat where ``nnUNet_n_proc_DA=0`` keeps
 augmentation in this process; on a GPU nnU-Net's own settings leave kernels free to differ. On a CPU
@@ -19,6 +20,8 @@ from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
 
+NO_VALIDATION = "--no-validation"
+
 
 def main() -> int | None:
     """Run what stands in ``sys.argv``."""
@@ -27,16 +30,27 @@ def main() -> int | None:
 
     import nnunetv2_meddinov3.cli  # noqa: F401  nnU-Net's workers import this module again
 
-    seed, changes, command = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+    seed, changes, rest = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    validates = rest[0] != NO_VALIDATION
+    command, *arguments = rest if validates else rest[1:]
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the generator that nnU-Net draws from
     torch.manual_seed(seed)
     limit_threads(os.environ.get("OMP_NUM_THREADS", ""))
-    sys.argv = [command, *sys.argv[4:]]
+    sys.argv = [command, *arguments]
+    if not validates:
+        leave_validation_out()
     if changes:
         change(sys.argv[sys.argv.index("-tr") + 1], changes)
     (entry,) = entry_points(group="console_scripts", name=command)
     return entry.load()()
+
+
+def leave_validation_out() -> None:
+    """Let trainings in this process end with their last epoch: other cases will be predicted."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    nnUNetTrainer.perform_actual_validation = lambda self, save_probabilities=False: None
 
 
 def limit_threads(share: str) -> None:

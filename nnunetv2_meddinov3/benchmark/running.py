@@ -29,13 +29,15 @@ from nnunetv2_meddinov3.benchmark.jobs import (
     weights_to_make,
     write_state,
 )
-from nnunetv2_meddinov3.benchmark.nnunet_process import check_changes
+from nnunetv2_meddinov3.benchmark.nnunet_process import NO_VALIDATION, check_changes
 from nnunetv2_meddinov3.benchmark.recipe import Dataset, Recipe
 from nnunetv2_meddinov3.benchmark.splits import read_folds, write_folds
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.files import write_text
 from nnunetv2_meddinov3.locks import locked
 from nnunetv2_meddinov3.progress import Progress
+
+OUR_PREDICTOR = {"MEDDINOV3_PREDICTOR": "1"}
 
 _TAIL = 12  # lines of a failed command's log
 
@@ -320,8 +322,10 @@ def _train(job: Job, out: Path, fold: str, variables: dict[str, str], device: st
         arguments.append("--c")
     if job.checkpoint == "best":
         arguments.append("--val_best")
-    changes = json.dumps(job.method.changes)
-    command = Command((*_process(job, changes), "nnUNetv2_train", *arguments), variables)
+    process = _process(job, json.dumps(job.method.changes))
+    if job.dataset.evaluate_on == "test":
+        process = (*process, NO_VALIDATION)
+    command = Command((*process, "nnUNetv2_train", *arguments), variables)
     return run_logged(command, job.folder(out) / "train.txt")
 
 
@@ -344,7 +348,8 @@ def _predictions(
     arguments += ["-p", job.method.plans, "-device", device, "--continue_prediction"]
     arguments += ["-npp", "1", "-nps", "1", "-chk", f"checkpoint_{job.checkpoint}.pth", *more]
     run_logged(
-        Command((*_process(job), "nnUNetv2_predict", *arguments), variables),
+        # the same labels, faster
+        Command((*_process(job), "nnUNetv2_predict", *arguments), variables | OUR_PREDICTOR),
         job.folder(out) / "predict.txt",
     )
     return target

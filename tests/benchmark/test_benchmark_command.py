@@ -328,6 +328,9 @@ def test_a_comparison_runs_to_its_report_by_stock_commands(place, capsys):
     with (place / "out" / "results" / "runs.csv").open() as file:
         (runs,) = {row["epochs"] for row in csv.DictReader(file)}
     assert runs == "2"
+    (job,) = (place / "out" / "jobs").iterdir()
+    assert not list(job.rglob("validation"))  # cases that nobody measures
+    assert "/3 slices" in (job / "predict.txt").read_text()  # our predictor's
 
 
 def test_a_command_that_fails_says_the_end_of_its_log(tmp_path):
@@ -495,6 +498,7 @@ def test_a_validation_that_was_stopped_is_finished(place, monkeypatch, capsys):
     assert code == 0
     (again,) = trained(commands)
     assert again.arguments[-1] == "--val"
+    assert "--no-validation" not in again.arguments
     assert "MedDINOv3Trainer_demo" in again.arguments
     code, commands = run_faked(place, monkeypatch, validate=predict_all)
     assert (code, trained(commands)) == (0, [])
