@@ -11,7 +11,7 @@ PARALLEL := --numprocesses auto --maxprocesses 2 --dist loadfile
 # Without a bytecode cache every process of nnU-Net compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest bench lint clean
 demo: $(READY)
 	$(VENV)/bin/meddinov3 demo
 
@@ -20,6 +20,19 @@ test: $(READY)
 
 test-oldest: $(OLDEST)/.ready # old releases warn of what newer ones have settled
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) -W default
+
+# What docs/benchmarks.md has, in short; nothing else should run meanwhile.
+bench: export OMP_WAIT_POLICY := passive
+bench: $(READY)
+	$(VENV)/bin/meddinov3 bench --backbone vit_small
+	$(VENV)/bin/python benchmarks/decoder_speed.py --grid 14 --width 1536 --repetitions 3
+	$(VENV)/bin/python benchmarks/prediction_speed.py --repetitions 1
+	$(VENV)/bin/python benchmarks/augmentation_speed.py --patches 40
+	$(VENV)/bin/python benchmarks/pretraining_step.py --images 4 --steps 3
+	$(VENV)/bin/python benchmarks/student_pass.py --rounds 3
+	$(VENV)/bin/python benchmarks/views_speed.py
+	$(VENV)/bin/python benchmarks/slice_store.py
+	$(VENV)/bin/python benchmarks/growth.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

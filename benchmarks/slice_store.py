@@ -146,10 +146,10 @@ def reading(array: np.ndarray, rounds: int, folder: Path) -> None:
     print(f"CT-3M at this size and noise: {CT_3M * size / len(array) / 1e12:.2f} TB")
 
 
-def indexing(rows: int, folder: Path, per_volume: int = 400) -> None:
-    """Print what an index of synthetic rows costs."""
+def write_records(rows: int, folder: Path, per_volume: int = 400) -> None:
+    """Write the records of a store of many synthetic slices."""
     rng = np.random.default_rng(0)
-    StoreWriter(folder / "index", OPTIONS)
+    StoreWriter(folder, OPTIONS)
     for first in range(0, rows, per_volume):
         slices = [
             SliceRecord(i, i, 1.0 * i, rng.bytes(32).hex(), rng.bytes(8).hex(), 0.4, 0, 0.2,
@@ -158,8 +158,13 @@ def indexing(rows: int, folder: Path, per_volume: int = 400) -> None:
         ]  # fmt: skip
         record = record_of(f"Set{first % 16}/case{first}", (len(slices), 512, 512), slices)
         values = record.to_dict() | {"volume_id": rng.bytes(16).hex()}
-        path = folder / "index" / layout.RECORDS / layout.record_name(record.source_key)
+        path = folder / layout.RECORDS / layout.record_name(record.source_key)
         path.write_bytes(layout.sealed(values, "record_sha256"))
+
+
+def indexing(rows: int, folder: Path) -> None:
+    """Print what an index of synthetic rows costs."""
+    write_records(rows, folder / "index")
     start = time.perf_counter()
     index = build_index(folder / "index")
     built = time.perf_counter() - start

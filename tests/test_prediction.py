@@ -414,6 +414,36 @@ def test_a_single_tile_that_does_not_fit_is_an_error():
         list(window.in_batches(data, tiles))
 
 
+def test_a_network_in_ddp_predicts_by_itself():
+    """Ranks validate other cases: nothing may be exchanged, and not from several threads."""
+    data, plain = torch.randn(1, 3, 80, 110), model(ours())
+    wanted = plain.predict_sliding_window_return_logits(data)
+    wrapped = model(ours())
+
+    class Wrapped(module.DistributedDataParallel):
+        def __init__(self, network):
+            nn.Module.__init__(self)
+            self.module = network
+
+        def forward(self, *inputs):
+            raise AssertionError("the ranks would wait for each other")
+
+    wrapped.network = Wrapped(wrapped.network)
+    assert torch.equal(wrapped.predict_sliding_window_return_logits(data), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folds", [1, 2])
+def test_compiled_networks_predict_too(folds, tmp_path, monkeypatch):
+    folder = write_cases(tmp_path / "in", (6.0, 1.9, 1.9), (3, 60, 70))
+    expected = predicted_by_ours(folder, tmp_path / "plain", {"folds": folds})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    predictor = model(ours(), folds=folds)
+    predictor.network = torch.compile(predictor.network)
+    predictor.predict_from_files(str(folder), str(tmp_path / "compiled"))
+    assert_same(read(tmp_path / "compiled"), expected)
+
+
 def test_infinite_logits_are_an_error(tmp_path):
     folder = write_cases(tmp_path / "in", (6.0, 1.9, 1.9), (3, 60, 70))
     predictor = model(ours())

@@ -35,6 +35,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.files import part_beside, sweep_leftovers
@@ -289,7 +290,9 @@ class MedDINOv3Predictor(nnUNetPredictor):
         place = self.device if do_on_device else torch.device("cpu")
         heads = self.label_manager.num_segmentation_heads
         logits = torch.empty((heads, *data.shape[1:]), dtype=torch.half, device=place)
-        window = self._window([self.network])
+        network = cast(Any, self).network  # of the trainer: in DDP, ranks have other cases here
+        is_wrapped = isinstance(network, DistributedDataParallel)
+        window = self._window([network.module if is_wrapped else network])
         for z, found in window.slices(data.to(place), slicers):
             logits[:, z] = found
         self.batch = window.batch

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from jaxtyping import Float, Float16
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from nnunetv2_meddinov3.prediction.ahead import in_threads
 
@@ -105,7 +106,8 @@ class SlidingWindow:
         """Let each thread compute tiles of its own: that uses cores better than a shared tile."""
         size = self._tiles_at_once(data, tiles, _PIXELS_CPU)
         batches = [tiles[i : i + size] for i in range(0, len(tiles), size)]
-        workers = max(1, min(self.threads, len(batches)))
+        is_compiled = any(isinstance(network, OptimizedModule) for network in self.networks)
+        workers = 1 if is_compiled else max(1, min(self.threads, len(batches)))
 
         def predict(batch: Sequence[Tile]) -> list[Tensor]:
             with torch.inference_mode():
