@@ -86,12 +86,12 @@ def _resize_all(
     rows = _matrices([(b.top, b.height, False) for b in boxes], slices.shape[1], size, slices)
     columns = _matrices([(b.left, b.width, b.flip) for b in boxes], slices.shape[2], size, slices)
     chosen = slices[torch.tensor(numbers).to(slices.device, non_blocking=True)]
-    with _full_precision():
+    with full_precision():
         return torch.bmm(torch.bmm(rows, chosen), columns.mT)[:, None]
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Multiply in fp32: TF32, which training allows, keeps 11 bits of values up to 1000 HU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.pretrain.config import Augment, Contract, Intensity
+from nnunetv2_meddinov3.pretrain.views.geometry import full_precision
 
 _Crops = Float[Tensor, "crop 1 height width"]
 _PerCrop = Float[Tensor, "crop 1 1 1"]
@@ -53,8 +54,7 @@ def apply_photometric(
         *ranges: list[float],
         device: torch.device | str = crops.device,
     ) -> None:
-        """Apply a function to the crops that are drawn, each with values of its own."""
-        nonlocal crops
+        """Apply a function to copies of the crops that are drawn, each with values of its own."""
         drawn = generator.random(len(crops)) < probability
         values = [generator.uniform(r[0], r[1], len(crops)) for r in ranges]
         if not drawn.any():
@@ -66,7 +66,7 @@ def apply_photometric(
             )
             for v in values
         ]
-        crops = crops.index_copy(0, chosen, function(crops[chosen], *settings))
+        crops.index_copy_(0, chosen, function(crops[chosen], *settings))
 
     def in_units(shares: list[float], start: float = 0) -> list[float]:
         return [start + share * (high - low) for share in shares]
@@ -74,27 +74,29 @@ def apply_photometric(
     a = augment
     some(
         a.window_probability,
-        lambda x, level, width: ((x - level) / width + 0.5).clamp(0, 1) * (high - low) + low,
+        lambda x, level, width: (
+            x.sub_(level).div_(width).add_(0.5).clamp_(0, 1).mul_(high - low).add_(low)
+        ),
         in_units(a.window_level, low),
         in_units(a.window_width),
     )
     some(a.contrast_probability, _contrast, a.contrast, in_units(a.brightness))
-    crops = crops.clamp(low, high)
+    crops.clamp_(low, high)
     some(
         a.gamma_probability,
-        lambda x, gamma: ((x - low) / (high - low)) ** gamma * (high - low) + low,
+        lambda x, gamma: x.sub_(low).div_(high - low).pow_(gamma).mul_(high - low).add_(low),
         a.gamma,
     )
     some(blur_probability, _blur, a.blur_sigma_pixels)
     sd = in_units(a.noise_sd)
-    some(a.noise_probability, lambda x, sd: x + sd * _normal(x, noise), sd)
+    some(a.noise_probability, lambda x, sd: x.addcmul_(_normal(x, noise), sd), sd)
     some(a.low_resolution_probability, _low_resolution, a.low_resolution, device="cpu")
-    return crops.clamp(low, high)
+    return crops.clamp_(low, high)
 
 
 def normalise(crops: Float[Tensor, "*shape"], contract: Contract) -> Float[Tensor, "*shape"]:
     """Clip to the contract's range, subtract its mean and divide by its standard deviation."""
-    return (crops.clamp(*contract.clip) - contract.mean) / contract.std
+    return crops.clamp(*contract.clip).sub_(contract.mean).div_(contract.std)
 
 
 def normalised(
@@ -131,7 +133,7 @@ def by_contract(
 
 def _contrast(x: _Crops, factor: _PerCrop, brightness: _PerCrop) -> _Crops:
     mean = x.mean((1, 2, 3), keepdim=True)
-    return (x - mean) * factor + mean + brightness
+    return x.sub_(mean).mul_(factor).add_(mean).add_(brightness)
 
 
 def _normal(x: _Crops, noise: torch.Generator) -> _Crops:
@@ -146,16 +148,30 @@ def _blur(x: _Crops, sigma: _PerCrop) -> _Crops:
     for axis in (-1, -2):
         pad = (_BLUR_RADIUS,) * 2 + (0, 0) if axis == -1 else (0, 0) + (_BLUR_RADIUS,) * 2
         padded, size = F.pad(x, pad, mode="reflect"), x.shape[axis]
-        taken = (weights[..., k : k + 1] * padded.narrow(axis, k, size) for k in range(len(taps)))
-        x = functools.reduce(torch.add, taken)
+        x = padded.narrow(axis, 0, size) * weights[..., :1]
+        for k in range(1, len(taps)):
+            x.addcmul_(padded.narrow(axis, k, size), weights[..., k : k + 1])
     return x
 
 
 def _low_resolution(x: _Crops, zoom: _PerCrop) -> _Crops:
     """Shrink and enlarge again, each crop by its own factor; the factors are on the CPU."""
-    size, out = x.shape[-1], []
-    for crop, factor in zip(x, zoom.flatten().tolist(), strict=True):
-        small = max(2, round(size * factor))
-        shrunk = F.interpolate(crop[None], (small, small), mode="bilinear", antialias=True)
-        out.append(F.interpolate(shrunk, (size, size), mode="bicubic")[0])
-    return torch.stack(out)
+    size = x.shape[-1]
+    sides = [max(2, round(size * factor)) for factor in zoom.flatten().tolist()]
+    matrices = torch.stack([_low_resolution_matrix(size, side, x.device) for side in sides])
+    with full_precision():
+        return torch.matmul(matrices @ x[:, 0], matrices.mT)[:, None]
+
+
+@functools.lru_cache(maxsize=128)
+def _low_resolution_matrix(
+    size: int, small: int, device: torch.device
+) -> Float[Tensor, "{size} {size}"]:
+    """Return what shrinking (bilinear, antialiased) and enlarging (bicubic) do to an axis.
+
+    Both are linear, so that their effect on the unit vectors says all.
+    """
+    unit, few = (torch.eye(n)[None, None] for n in (size, small))
+    shrink = F.interpolate(unit, (small, size), mode="bilinear", antialias=True)[0, 0]
+    enlarge = F.interpolate(few, (size, small), mode="bicubic")[0, 0]
+    return (enlarge @ shrink).to(device)

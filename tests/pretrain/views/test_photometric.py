@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F
 
 from nnunetv2_meddinov3.pretrain.config import Augment, Intensity
+from nnunetv2_meddinov3.pretrain.views import photometric
 from nnunetv2_meddinov3.pretrain.views.photometric import apply_photometric, normalise
 
 NOTHING = {
@@ -94,3 +96,26 @@ def test_each_crop_has_values_of_its_own_and_a_seed_gives_them_again():
 def test_normalised_values_are_those_of_the_release():
     out = normalise(torch.tensor([-3000.0, 65.1084213256836, 1000.0]), Intensity().hu)
     assert out.tolist() == pytest.approx([-5.98, 0, 5.25], abs=0.01)
+
+
+@pytest.mark.parametrize("size", [32, 45])
+def test_low_resolution_is_shrinking_and_enlarging_each_crop(size):
+    crops = torch.randn(5, 1, size, size, generator=torch.Generator().manual_seed(0))
+    zoom = torch.tensor([0.01, 0.3, 0.5, 0.77, 1.0])[:, None, None, None]
+    found = photometric._low_resolution(crops, zoom)
+    for crop, factor, ours in zip(crops, zoom.flatten().tolist(), found, strict=True):
+        small = max(2, round(size * factor))
+        shrunk = F.interpolate(crop[None], (small, small), mode="bilinear", antialias=True)
+        wanted = F.interpolate(shrunk, (size, size), mode="bicubic")[0]
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_changes_leave_what_they_are_given():
+    x = crops()
+    before = x.clone()
+    every = {name: 1.0 for name in NOTHING}
+    different = changed(x, blur=1.0, **every)
+    assert torch.equal(x, before)
+    again = different.clone()
+    normalise(different, Intensity().hu)
+    assert torch.equal(different, again)
