@@ -1,9 +1,9 @@
 """nnU-Net's training augmentation of 2D patches, faster, and on a GPU where it is asked for.
 
 The transforms, their probabilities and ranges stay nnU-Net's own objects, which also draw what is
-random, in the same order. Only how two of them compute is replaced: rotation and scaling sample the
-labels once, whatever their number, and blurring adds shifted copies. The third one replaced, noise,
-is drawn where the image is.
+random, in the same order. Only how some of them compute is replaced: rotation and scaling sample
+the labels once, whatever their number, blurring adds shifted copies, a label is removed in one
+pass, and noise is drawn where the image is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _is_plain_affine(transform: SpatialTransform) -> bool:
         and transform.padding_mode_image == "zeros"
         and transform.border_mode_seg == "constant"
         and not transform.align_corners
-        and getattr(transform, "seg_tiebreak", "nearest") == "nearest"
+        # batchgeneratorsv2 before 0.3.6 had no such rule, and other labels at borders
+        and getattr(transform, "seg_tiebreak", None) == "nearest"
     )
 
 

@@ -76,6 +76,10 @@ def test_patches_are_those_of_nnunet(options, patch):
     assert different <= 2e-5 * total
 
 
+@pytest.mark.skipif(
+    not hasattr(pipeline().transforms[0], "seg_tiebreak"),
+    reason="this batchgeneratorsv2 is older than the rule for ties that ours follows",
+)
 def test_each_slow_transform_is_replaced_and_no_other():
     kinds = []
     for stock, ours in zip(pipeline().transforms, faster(pipeline()).transforms, strict=True):

@@ -34,6 +34,7 @@ PLAIN = {"background": 0, "one": 1, "two": 2}
 REGIONS = {"background": 0, "whole": [1, 2], "core": 2}
 MANY = {"background": 0, **{f"label_{i}": i for i in range(1, 300)}}
 
+WHOLE = {"coarse within slices", "nearest neighbours", "cubic resampling"}
 OUR_PLANS = {"resampling": "resample_torch_fornnunet", "separate": False}
 
 # (images' spacing and shape, z first; then what differs from the defaults of `model`)
@@ -76,12 +77,13 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def one_thread(monkeypatch):
+    """Whatever nnU-Net asks for: its eight threads would wait for each other on few cores."""
+    before, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: set_num_threads(1))
+    set_num_threads(1)
     yield
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
+    set_num_threads(before)
 
 
 def plans_of(channels, axes, resampling, order, separate, more):
@@ -212,12 +214,23 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_labels_are_those_of_nnunet(name, tmp_path):
+def test_labels_are_those_of_nnunet(name, tmp_path, monkeypatch):
     spacing, shape, options = CASES[name]
     folder = write_cases(tmp_path / "in", spacing, shape, options.get("channels", 1))
     expected = predicted_by_stock(folder, tmp_path / "stock", options)
+    whole = []
+    original = MedDINOv3Predictor.predict_logits_from_preprocessed_data
+
+    def spy(self, data):
+        whole.append(data.shape)
+        return original(self, data)
+
+    monkeypatch.setattr(MedDINOv3Predictor, "predict_logits_from_preprocessed_data", spy)
     assert_same(predicted_by_ours(folder, tmp_path / "ours", options), expected)
+    # the logits of a whole volume exist only where they must
+    assert len(whole) == (name in WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -237,25 +250,6 @@ def test_labels_do_not_depend_on_the_batch(batch, tmp_path):
     predictor.batch = batch
     predictor.predict_from_files(str(folder), str(tmp_path / "ours"))
     assert_same(read(tmp_path / "ours"), expected)
-
-
-WHOLE = {"coarse within slices", "nearest neighbours", "cubic resampling"}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_logits_of_a_whole_volume_exist_only_where_they_must(name, tmp_path, monkeypatch):
-    whole = []
-    original = MedDINOv3Predictor.predict_logits_from_preprocessed_data
-
-    def spy(self, data):
-        whole.append(data.shape)
-        return original(self, data)
-
-    monkeypatch.setattr(MedDINOv3Predictor, "predict_logits_from_preprocessed_data", spy)
-    spacing, shape, options = CASES[name]
-    folder = write_cases(tmp_path / "in", spacing, shape, options.get("channels", 1))
-    predicted_by_ours(folder, tmp_path / "ours", options)
-    assert len(whole) == (name in WHOLE)
 
 
 def test_the_files_are_those_of_nnunet(tmp_path):
@@ -406,6 +400,21 @@ def test_batches_are_halved_until_they_fit(most, last):
     assert [tile for batch, _ in found for tile in batch] == tiles
     got = [p for _, (parts,) in found for p in parts]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_tiles_come_in_order_whatever_the_number_of_threads(threads, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    window, data, tiles = window_of(None, batch=4, threads=threads)
+    with torch.inference_mode():
+        found = list(window.predictions(data, tiles))
+        wanted = window.networks[0](data[tiles[7]][None])[0]
+        window.mirrorings = [()]
+        plain = dict(enumerate(window.predictions(data, tiles)))
+    assert [tile for tile, _ in found] == tiles
+    torch.testing.assert_close(plain[7][1][0], wanted, rtol=1e-5, atol=1e-5)
+    assert asked == [1, torch.get_num_threads()] * 2  # a tile each, and back
 
 
 def test_a_single_tile_that_does_not_fit_is_an_error():
