@@ -91,6 +91,8 @@ def _checked(results: Results) -> Results:
     Raises:
         UserError: If one has others: its mean would be that of other patients.
     """
+    from nnunetv2_meddinov3.datasets.convert import named
+
     found: dict[tuple[str, str], dict[tuple[str, ...], set[str]]] = {}
     for row in results.cases:
         runs = found.setdefault((row["dataset"], row["fold"]), {})
@@ -101,9 +103,8 @@ def _checked(results: Results) -> Results:
             if missing := sorted(every - cases):
                 raise UserError(
                     f"all runs on fold {fold} of {dataset} must measure the same {len(every)} "
-                    f"cases, but {' '.join(run[1:4])} of seed {run[5]} lacks {missing[0]}"
-                    f"{' and others' if len(missing) > 1 else ''}: remove its folder in jobs/ and "
-                    "run again."
+                    f"cases, but {' '.join(run[1:4])} of seed {run[5]} lacks {named(missing)}: "
+                    "remove its folder in jobs/ and run again."
                 )
     return results
 

@@ -36,6 +36,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.files import write_text
 from nnunetv2_meddinov3.locks import locked
 from nnunetv2_meddinov3.progress import Progress
+from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
 
 OUR_PREDICTOR = {"MEDDINOV3_PREDICTOR": "1"}
 
@@ -361,16 +362,17 @@ def _check_validated(job: Job, predictions: Path, fold: int) -> None:
     Raises:
         UserError: If a case is missing.
     """
+    from nnunetv2_meddinov3.datasets.convert import named
+
     folders = check_folders()
     splits = folders["nnUNet_preprocessed"] / job.dataset.name / "splits_final.json"
     wanted = json.loads(splits.read_text(encoding="utf-8"))[fold]["val"]
-    dataset = json.loads((folders["nnUNet_raw"] / job.dataset.name / "dataset.json").read_text())
-    missing = [n for n in wanted if not (predictions / (n + dataset["file_ending"])).is_file()]
+    ending = open_raw_dataset(folders["nnUNet_raw"] / job.dataset.name).ending
+    missing = [case for case in wanted if not (predictions / f"{case}{ending}").is_file()]
     if missing:
         raise UserError(
             f"{predictions} must have all {len(wanted)} validation cases of the fold, but lacks "
-            f"{missing[0]}{' and others' if len(missing) > 1 else ''}: remove its summary.json and "
-            "run again with --retry."
+            f"{named(missing)}: remove its summary.json and run again with --retry."
         )
 
 
