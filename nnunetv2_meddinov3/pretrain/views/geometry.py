@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import functional as F
+
+from nnunetv2_meddinov3.pretrain.views.bands import filtered, resizing
 
 _TRIES = 10
 
@@ -60,7 +61,7 @@ def draw_box(
 
 
 def crop_and_resize(
-    slices: Float[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
+    slices: Num[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
 ) -> Float[Tensor, "crop 1 {size} {size}"]:
     """Cut boxes out of slices and resize them to squares.
 
@@ -68,37 +69,28 @@ def crop_and_resize(
     runs on the CPU; on a GPU all boxes are resampled at once by two batched matrix products.
 
     Args:
-        slices: In HU; smaller ones are padded below and to the right.
+        slices: As stored; smaller ones are padded below and to the right.
         numbers: For each crop, which of the slices it is cut from.
         boxes: Within the unpadded slices.
         size: Side of the crops in pixels.
     """
     if slices.device.type == "cpu":
-        return torch.stack(
-            [_resize(slices[n], box, size) for n, box in zip(numbers, boxes, strict=True)]
-        )
-    return _resize_all(slices, numbers, boxes, size)
+        return _resize_each(slices, numbers, boxes, size)
+    return _resize_all(slices.float(), numbers, boxes, size)
 
 
-def _resize_all(
-    slices: Float[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
+def _resize_each(
+    slices: Num[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
 ) -> Float[Tensor, "crop 1 {size} {size}"]:
-    rows = _matrices([(b.top, b.height, False) for b in boxes], slices.shape[1], size, slices)
-    columns = _matrices([(b.left, b.width, b.flip) for b in boxes], slices.shape[2], size, slices)
-    chosen = slices[torch.tensor(numbers).to(slices.device, non_blocking=True)]
-    with full_precision():
-        return torch.bmm(torch.bmm(rows, chosen), columns.mT)[:, None]
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply in fp32: TF32, which training allows, keeps 11 bits of values up to 1000 HU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """Resize crop by crop, all of a slice while it is in the cache."""
+    out, image = torch.empty(len(boxes), 1, size, size), torch.empty(slices.shape[1:])
+    current = -1
+    for crop in sorted(range(len(boxes)), key=numbers.__getitem__):
+        if numbers[crop] != current:
+            current = numbers[crop]
+            image.copy_(slices[current])
+        out[crop] = _resize(image, boxes[crop], size)
+    return out
 
 
 def _resize(
@@ -110,28 +102,11 @@ def _resize(
     return out.flip(-1) if flip else out
 
 
-def _matrices(
-    intervals: list[tuple[int, int, bool]], length: int, size: int, like: Tensor
-) -> Float[Tensor, "crop {size} {length}"]:
-    """Return the resampling matrices of intervals (start, extent, mirrored) of an axis.
-
-    The kernel is bicubic with a = -0.5, widened by the factor of reduction, cut off at the ends of
-    the interval and normalised, as torch's and PIL's antialiased resizing.
-    """
-    start, extent, flip = (
-        torch.tensor(column, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
-        for column in zip(*intervals, strict=True)
-    )
-    out = torch.arange(size, device=like.device, dtype=like.dtype)[None, :, None]
-    out = torch.where(flip > 0, size - 1 - out, out)
-    pixel = torch.arange(length, device=like.device, dtype=like.dtype)[None, None] - start
-    scale = extent / size
-    distance = (pixel + 0.5 - (out + 0.5) * scale).abs() / scale.clamp(min=1)
-    weight = _cubic(distance) * ((pixel >= 0) & (pixel < extent))
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+def _resize_all(
+    slices: Float[Tensor, "slice height width"], numbers: list[int], boxes: list[Box], size: int
+) -> Float[Tensor, "crop 1 {size} {size}"]:
+    top, left, height, width, flip = zip(*boxes, strict=True)
+    rows = resizing(height, size).moved(top)
+    columns = resizing(width, size).mirrored(flip).moved(left)
+    chosen = slices[torch.tensor(numbers).to(slices.device, non_blocking=True)]
+    return filtered(chosen, rows, columns)[:, None]

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Int16
 from torch import Tensor
 
 from nnunetv2_meddinov3.models.architecture import SIZES
-from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Contract, Resolution, StageConfig
+from nnunetv2_meddinov3.pretrain.config import GLOBAL_CROPS, Resolution, StageConfig
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.views.geometry import Box, crop_and_resize, draw_box
 from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
 from nnunetv2_meddinov3.pretrain.views.photometric import (
     Ends,
+    Scaling,
     apply_photometric,
-    by_contract,
     contract_of,
-    normalise,
-    normalised,
 )
 
 
@@ -56,14 +54,6 @@ class Slices:
     def pin_memory(self) -> Slices:
         """Return the slices in memory that a GPU reads without waiting."""
         return Slices(self.values.pin_memory(), self.sizes, self.ends)
-
-    def in_units(self) -> Float[Tensor, "slice height width"]:
-        """Return HU as they are stored, and other values normalised."""
-        values = self.values.float()
-        for number, ends in enumerate(self.ends):
-            if ends is not None:
-                values[number] = normalised(values[number], ends)
-        return values
 
 
 def make_views(
@@ -103,28 +93,32 @@ def _make_views(
 ) -> ViewBatch:
     noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
     crops, b = config.crops, len(slices.sizes)
-    values = slices.in_units()
-    contracts = [contract_of(ends, config.intensity) for ends in slices.ends]
-    boxes = {
-        "global": _boxes(slices, GLOBAL_CROPS, crops.global_scale, config, generator),
-        "local": _boxes(slices, crops.local_crops, crops.local_scale, config, generator),
-    }
-    numbers = list(range(b))
-    views = []
-    for i in range(GLOBAL_CROPS):
-        own = boxes["global"][i * b : (i + 1) * b]
-        cut = crop_and_resize(values, numbers, own, resolution.global_size)
-        blur = config.augment.blur_probability[i]
-        views.append(_finish(cut, contracts, blur, config, generator, noise))
-    local = crop_and_resize(
-        values, numbers * crops.local_crops, boxes["local"], resolution.local_size
-    )
-    blur = config.augment.blur_probability[2]
-    local = _finish(local, contracts * crops.local_crops, blur, config, generator, noise)
+    values = slices.values
+    scalings = torch.tensor(
+        [Scaling.of(ends, contract_of(ends, config.intensity)) for ends in slices.ends]
+    ).to(values.device, non_blocking=True)
+
+    def views(boxes: list[Box], size: int, blur: Sequence[float] | None) -> Tensor:
+        """Cut crops out, change them unless there is no ``blur`` to change by, and normalise."""
+        count = len(boxes) // b
+        cut = crop_and_resize(values, list(range(b)) * count, boxes, size)
+        factor, offset, std, mean = scalings.repeat(count, 1)[..., None, None, None].unbind(1)
+        cut.mul_(factor).add_(offset)
+        if blur is None:
+            cut.clamp_(0, 1)
+        else:
+            probabilities = [each for each in blur for _ in range(b)]
+            apply_photometric(cut, config.augment, probabilities, generator, noise)
+        return cut.mul_(std).add_(mean)
+
+    global_boxes = _boxes(slices, GLOBAL_CROPS, crops.global_scale, config, generator)
+    local_boxes = _boxes(slices, crops.local_crops, crops.local_scale, config, generator)
+    *global_blur, local_blur = config.augment.blur_probability
+    global_crops = views(global_boxes, resolution.global_size, global_blur)
+    local_crops = views(local_boxes, resolution.local_size, [local_blur] * crops.local_crops)
     gram = None
     if resolution.gram_size is not None and config.losses.gram.weight is not None:
-        cut = crop_and_resize(values, numbers * GLOBAL_CROPS, boxes["global"], resolution.gram_size)
-        gram = by_contract(cut, contracts * GLOBAL_CROPS, normalise)
+        gram = views(global_boxes, resolution.gram_size, None)
     side = resolution.global_size // SIZES[config.model.size].patch_size
     masks = draw_masks(
         GLOBAL_CROPS * b,
@@ -133,7 +127,7 @@ def _make_views(
         config.masks.ratio,
         generator,
     )
-    return ViewBatch(torch.cat(views), local, torch.from_numpy(masks), gram, b)
+    return ViewBatch(global_crops, local_crops, torch.from_numpy(masks), gram, b)
 
 
 def _boxes(
@@ -150,22 +144,3 @@ def _boxes(
         for _ in range(count)
         for size in slices.sizes
     ]
-
-
-def _finish(
-    crops: Float[Tensor, "crop 1 height width"],
-    contracts: list[Contract],
-    blur_probability: float,
-    config: StageConfig,
-    generator: np.random.Generator,
-    noise: torch.Generator,
-) -> Float[Tensor, "crop 1 height width"]:
-    """Change crops and normalise them, each by its contract."""
-
-    def finished(some: Tensor, contract: Contract) -> Tensor:
-        changed = apply_photometric(
-            some, config.augment, contract, blur_probability, generator, noise
-        )
-        return normalise(changed, contract)
-
-    return by_contract(crops, contracts, finished)

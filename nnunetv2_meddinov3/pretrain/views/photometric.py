@@ -1,4 +1,4 @@
-"""Photometric changes of crops, in units of a contract; each is drawn for each crop.
+"""Photometric changes of crops, in shares of a contract's range; each is drawn for each crop.
 
 They stand in for DINO's colour jitter, blur and solarisation: torchvision's jitter clamps float
 images to [0, 1], and hue or solarisation mean nothing for CT or MR.
@@ -6,92 +6,120 @@ images to [0, 1], and hue or solarisation mean nothing for CT or MR.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_meddinov3.pretrain.config import Augment, Contract, Intensity
-from nnunetv2_meddinov3.pretrain.views.geometry import full_precision
+from nnunetv2_meddinov3.pretrain.views.bands import (
+    filtered,
+    full_precision,
+    lose_resolution,
+    losing_resolution,
+)
 
 _Crops = Float[Tensor, "crop 1 height width"]
 _PerCrop = Float[Tensor, "crop 1 1 1"]
 Ends = tuple[float, float] | None  # of a slice: the numbers that are 0 and 1; None for HU
 _BLUR_RADIUS = 4  # pixels: 9 taps, as DINO's
+_CACHE_BYTES = 2**21  # of crops that are changed together on a CPU
+
+
+class _Drawn(NamedTuple):
+    """Which crops have a change, and its settings for each of them."""
+
+    crops: NDArray[np.int64]  # ascending
+    settings: NDArray[np.float32]  # (changed crop, setting)
 
 
 def apply_photometric(
     crops: _Crops,
     augment: Augment,
-    contract: Contract,
-    blur_probability: float,
+    blur_probability: float | Sequence[float],
     generator: np.random.Generator,
     noise: torch.Generator,
-) -> _Crops:
-    """Change crops as the config says, and clip them.
+) -> None:
+    """Change crops in place as the config says, and clip them.
 
     Args:
-        crops: In the unit of the contract.
-        augment: Probabilities, and ranges as shares of the contract's.
-        contract: Whose clip bounds the values before and after.
-        blur_probability: Of these crops, one of ``augment.blur_probability``.
+        crops: In shares of their contract's range: 0 and 1 are the ends of its clip.
+        augment: Probabilities, and ranges in the same shares.
+        blur_probability: Of these crops or of each, from ``augment.blur_probability``.
         generator: Of everything but noise.
         noise: On the CPU wherever the crops are, so that noise is the same on any device.
-
-    Returns:
-        In the unit of the contract.
     """
-    low, high = contract.clip
-    crops = crops.clamp(low, high)
-
-    def some(
-        probability: float,
-        function: Callable[..., Tensor],
-        *ranges: list[float],
-        device: torch.device | str = crops.device,
-    ) -> None:
-        """Apply a function to copies of the crops that are drawn, each with values of its own."""
-        drawn = generator.random(len(crops)) < probability
-        values = [generator.uniform(r[0], r[1], len(crops)) for r in ranges]
-        if not drawn.any():
-            return
-        chosen = torch.from_numpy(np.flatnonzero(drawn)).to(crops.device, non_blocking=True)
-        settings = [
-            torch.from_numpy(v[drawn].astype(np.float32)[:, None, None, None]).to(
-                device, non_blocking=True
-            )
-            for v in values
-        ]
-        crops.index_copy_(0, chosen, function(crops[chosen], *settings))
-
-    def in_units(shares: list[float], start: float = 0) -> list[float]:
-        return [start + share * (high - low) for share in shares]
-
     a = augment
-    some(
-        a.window_probability,
-        lambda x, level, width: (
-            x.sub_(level).div_(width).add_(0.5).clamp_(0, 1).mul_(high - low).add_(low)
-        ),
-        in_units(a.window_level, low),
-        in_units(a.window_width),
+    window, contrast, gamma, blur, noisy, low_resolution = (
+        _draw(len(crops), generator, *each)
+        for each in (
+            (a.window_probability, a.window_level, a.window_width),
+            (a.contrast_probability, a.contrast, a.brightness),
+            (a.gamma_probability, a.gamma),
+            (blur_probability, a.blur_sigma_pixels),
+            (a.noise_probability, a.noise_sd),
+            (a.low_resolution_probability, a.low_resolution),
+        )
     )
-    some(a.contrast_probability, _contrast, a.contrast, in_units(a.brightness))
-    crops.clamp_(low, high)
-    some(
-        a.gamma_probability,
-        lambda x, gamma: x.sub_(low).div_(high - low).pow_(gamma).mul_(high - low).add_(low),
-        a.gamma,
-    )
-    some(blur_probability, _blur, a.blur_sigma_pixels)
-    sd = in_units(a.noise_sd)
-    some(a.noise_probability, lambda x, sd: x.addcmul_(_normal(x, noise), sd), sd)
-    some(a.low_resolution_probability, _low_resolution, a.low_resolution, device="cpu")
-    return crops.clamp_(low, high)
+    steps: list[tuple[_Drawn, Callable[..., Tensor]]] = [
+        (_Drawn(window.crops, _window_settings(window.settings)), _window),
+        (contrast, _contrast),
+        (gamma, lambda x, gamma: x.pow_(gamma)),
+        (_Drawn(blur.crops, _blur_weights(blur.settings)), _blur),
+        (noisy, lambda x, sd: x.addcmul_(_normal(x, noise), sd)),
+    ]
+    crops.clamp_(0, 1)
+    together = _together(crops)
+    *numbers, low = _sent([*(each.crops for each, _ in steps), low_resolution.crops], crops.device)
+    settings = _sent([each.settings.T for each, _ in steps], crops.device)
+    for (_, change), chosen, own in zip(steps, numbers, settings, strict=True):
+        values = own[..., None, None, None].split(together, dim=1)
+        for few, their in zip(chosen.split(together), values, strict=True):
+            if len(few):
+                crops.index_copy_(0, few, change(crops[few], *their.unbind()))
+    _lose_resolution(crops, low, low_resolution.settings[:, 0].tolist())
+    crops.clamp_(0, 1)
+
+
+def _together(crops: _Crops) -> int:
+    """Return how many crops are changed together: on the CPU what stays in a cache."""
+    if crops.device.type != "cpu":
+        return len(crops)
+    return max(1, _CACHE_BYTES // (crops.shape[-1] ** 2 * crops.element_size()))
+
+
+def _lose_resolution(crops: _Crops, numbers: Int[Tensor, " chosen"], zooms: list[float]) -> None:
+    """Shrink and enlarge the crops of these numbers by their zooms, in place."""
+    if crops.device.type == "cpu":
+        for crop, zoom in zip(numbers.tolist(), zooms, strict=True):
+            lose_resolution(crops[crop, 0], zoom)
+    elif zooms:
+        bands = losing_resolution(zooms, crops.shape[-1])
+        crops.index_copy_(0, numbers, filtered(crops[numbers, 0], bands, bands)[:, None])
+
+
+def _draw(
+    count: int,
+    generator: np.random.Generator,
+    probability: float | Sequence[float],
+    *ranges: list[float],
+) -> _Drawn:
+    """Draw which of some crops are changed, and the settings of each from some ranges."""
+    chosen = np.flatnonzero(generator.random(count) < np.asarray(probability))
+    values = [generator.uniform(low, high, count)[chosen] for low, high in ranges]
+    return _Drawn(chosen, np.stack(values, axis=1).astype(np.float32))
+
+
+def _sent(arrays: Sequence[NDArray], device: torch.device) -> list[Tensor]:
+    """Send arrays of one type to a device in one go."""
+    joined = torch.from_numpy(np.concatenate([each.ravel() for each in arrays]))
+    parts = joined.to(device, non_blocking=True).split([each.size for each in arrays])
+    return [part.view(each.shape) for part, each in zip(parts, arrays, strict=True)]
 
 
 def normalise(crops: Float[Tensor, "*shape"], contract: Contract) -> Float[Tensor, "*shape"]:
@@ -114,64 +142,63 @@ def contract_of(ends: Ends, intensity: Intensity) -> Contract:
     return intensity.normalised
 
 
-def by_contract(
-    crops: Float[Tensor, "crop 1 height width"],
-    contracts: list[Contract],
-    function: Callable[[Tensor, Contract], Tensor],
-) -> Float[Tensor, "crop 1 height width"]:
-    """Apply a function to the crops of each contract together, in the order of their firsts."""
-    different = [each for n, each in enumerate(contracts) if contracts.index(each) == n]
-    if len(different) == 1:
-        return function(crops, different[0])
-    out = torch.empty_like(crops)
-    for contract in different:
-        numbers = [n for n, each in enumerate(contracts) if each == contract]
-        chosen = torch.tensor(numbers).to(crops.device, non_blocking=True)
-        out = out.index_copy(0, chosen, function(crops[chosen], contract))
-    return out
+class Scaling(NamedTuple):
+    """From stored numbers to shares of the range of a contract, and on to its normalised values.
+
+    A share is ``number * factor + offset``, a normalised value ``share * std + mean``, where std
+    and mean are those that the shares' 1 and 0 have.
+    """
+
+    factor: float
+    offset: float
+    std: float
+    mean: float
+
+    @classmethod
+    def of(cls, ends: Ends, contract: Contract) -> Scaling:
+        """Return the scaling of a slice that has these ends and this contract."""
+        low, high = contract.clip
+        zero, one = ends or (0.0, 1.0)
+        factor = 1 / ((one - zero) * (high - low))
+        std = (high - low) / contract.std
+        return cls(
+            factor, -zero * factor - low / (high - low), std, (low - contract.mean) / contract.std
+        )
+
+
+def _window_settings(drawn: NDArray[np.float32]) -> NDArray[np.float32]:
+    level, width = drawn.T
+    return np.stack([1 / width, 0.5 - level / width], axis=1)
+
+
+def _window(x: _Crops, factor: _PerCrop, offset: _PerCrop) -> _Crops:
+    return x.mul_(factor).add_(offset).clamp_(0, 1)
 
 
 def _contrast(x: _Crops, factor: _PerCrop, brightness: _PerCrop) -> _Crops:
     mean = x.mean((1, 2, 3), keepdim=True)
-    return x.sub_(mean).mul_(factor).add_(mean).add_(brightness)
+    return x.sub_(mean).mul_(factor).add_(mean + brightness).clamp_(0, 1)
 
 
 def _normal(x: _Crops, noise: torch.Generator) -> _Crops:
-    return torch.randn(x.shape, generator=noise, dtype=x.dtype).to(x.device, non_blocking=True)
+    """Draw noise crop by crop, so that it is the same however many are changed at once."""
+    drawn = [torch.randn(x.shape[1:], generator=noise, dtype=x.dtype) for _ in range(len(x))]
+    return torch.stack(drawn).to(x.device, non_blocking=True)
 
 
-def _blur(x: _Crops, sigma: _PerCrop) -> _Crops:
-    """Blur with a Gaussian, each crop with its own sigma in pixels, mirrored at the edges."""
-    taps = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device, dtype=x.dtype)
-    weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)) ** 2)  # (n, 1, 1, 9)
-    weights = weights / weights.sum(-1, keepdim=True)
-    for axis in (-1, -2):
-        pad = (_BLUR_RADIUS,) * 2 + (0, 0) if axis == -1 else (0, 0) + (_BLUR_RADIUS,) * 2
-        padded, size = F.pad(x, pad, mode="reflect"), x.shape[axis]
-        x = padded.narrow(axis, 0, size) * weights[..., :1]
-        for k in range(1, len(taps)):
-            x.addcmul_(padded.narrow(axis, k, size), weights[..., k : k + 1])
-    return x
+def _blur_weights(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return Gaussians of 9 taps, (crop, tap), for sigmas in pixels, (crop, 1)."""
+    taps = np.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
+    weights = np.exp(-0.5 * (taps / np.maximum(sigma.astype(np.float64), 1e-3)) ** 2)
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
 
 
-def _low_resolution(x: _Crops, zoom: _PerCrop) -> _Crops:
-    """Shrink and enlarge again, each crop by its own factor; the factors are on the CPU."""
-    size = x.shape[-1]
-    sides = [max(2, round(size * factor)) for factor in zoom.flatten().tolist()]
-    matrices = torch.stack([_low_resolution_matrix(size, side, x.device) for side in sides])
+def _blur(x: _Crops, *taps: _PerCrop) -> _Crops:
+    """Blur each crop with its own weights along both axes, mirrored at the edges."""
+    crops, side = len(x), (_BLUR_RADIUS, _BLUR_RADIUS)
+    weights = torch.cat(taps, dim=-1)  # (crop, 1, 1, 9)
+    x = x.transpose(0, 1)
     with full_precision():
-        return torch.matmul(matrices @ x[:, 0], matrices.mT)[:, None]
-
-
-@functools.lru_cache(maxsize=128)
-def _low_resolution_matrix(
-    size: int, small: int, device: torch.device
-) -> Float[Tensor, "{size} {size}"]:
-    """Return what shrinking (bilinear, antialiased) and enlarging (bicubic) do to an axis.
-
-    Both are linear, so that their effect on the unit vectors says all.
-    """
-    unit, few = (torch.eye(n)[None, None] for n in (size, small))
-    shrink = F.interpolate(unit, (small, size), mode="bilinear", antialias=True)[0, 0]
-    enlarge = F.interpolate(few, (size, small), mode="bicubic")[0, 0]
-    return (enlarge @ shrink).to(device)
+        x = F.conv2d(F.pad(x, (*side, 0, 0), mode="reflect"), weights, groups=crops)
+        x = F.conv2d(F.pad(x, (0, 0, *side), mode="reflect"), weights.mT, groups=crops)
+    return x.transpose(0, 1)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_meddinov3.pretrain.config import load_config
 from nnunetv2_meddinov3.pretrain.views import Slices, make_views
@@ -148,9 +149,37 @@ def test_what_is_drawn_does_not_depend_on_where_the_slices_are(monkeypatch):
     there, noise_there = drawn(monkeypatch, "meta")  # a device without values
     assert there.global_crops.device.type == "meta"
     assert there.global_crops.shape == here.global_crops.shape
-    assert len(noise) == 3
+    assert len(noise) == 18  # one for each crop
     assert all(torch.equal(a, b) for a, b in zip(noise, noise_there, strict=True))
     assert torch.equal(here.masks, there.masks)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a device would be asked to do: operators that neither look nor reserve."""
+
+    LOOKS = ("split", "unbind", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        name = function._schema.name.removeprefix("aten::")
+        first = out[0] if isinstance(out, (list, tuple)) else out
+        idle = function.is_view or name.startswith(self.LOOKS) or "empty" in name
+        self.count += first.device.type == "meta" and not idle
+        return out
+
+
+@pytest.mark.parametrize("stage", ["vitb16_stage1", "vitb16_stage2_gram"])
+@pytest.mark.parametrize("images", [2, 16])
+def test_a_device_is_asked_for_few_things_whatever_the_number_of_images(stage, images):
+    config = load_config(stage, ALL)
+    slices = Slices.of([np.zeros((64, 64), np.int16)] * images).to(torch.device("meta"))
+    with Launches() as launches:
+        make_views(slices, config.crops.resolutions[0], config, (0, 1))
+    assert 80 < launches.count <= 135
 
 
 @pytest.mark.gpu
