@@ -28,6 +28,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/decoder_speed.py --grid 14 --width 1536 --repetitions 3
 	$(VENV)/bin/python benchmarks/prediction_speed.py --repetitions 1
 	$(VENV)/bin/python benchmarks/augmentation_speed.py --patches 40
+	$(VENV)/bin/python benchmarks/data_reading.py
 	$(VENV)/bin/python benchmarks/pretraining_step.py --images 4 --steps 3
 	$(VENV)/bin/python benchmarks/student_pass.py --rounds 3
 	$(VENV)/bin/python benchmarks/views_speed.py
