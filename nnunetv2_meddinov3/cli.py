@@ -59,6 +59,10 @@ VERBS = {
         "measure frozen features on labelled slices: k-NN, linear, linear segmentation",
         "nnunetv2_meddinov3.pretrain.probe.probe_cli:main",
     ),
+    "features": Verb(
+        "show what a backbone makes of a scan: principal components as colours",
+        "nnunetv2_meddinov3.features.cli:main",
+    ),
     "dataset": Verb(
         "make nnU-Net datasets of AMOS22, BTCV, KiTS23 and LiTS from their downloads",
         "nnunetv2_meddinov3.datasets.cli:main",

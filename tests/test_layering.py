@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "curate": SHARED | {"store"},
     "models": SHARED,
     "pretrain": SHARED | {"store", "models"},
+    "features": SHARED | {"store", "curate", "models", "pretrain"},
     **dict.fromkeys(
         NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness", "prediction"}
     ),
@@ -64,6 +65,7 @@ MUST_NOT_IMPORT = {
     **{room: {"nnunetv2", *NETWORKS} for room in ("__init__", *SHARED, "store", "curate")},
     "models": {"nnunetv2"},
     "pretrain": {"nnunetv2"},
+    "features": {"nnunetv2"},
 }
 # Imports that a table or a variable names, each with the reason why a plain import will not do.
 BY_NAME = {
@@ -73,7 +75,7 @@ BY_NAME = {
     ),
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.prediction", f"{OURS}.bench"}
+        | {f"{OURS}.prediction", f"{OURS}.bench", f"{OURS}.features"}
         | {
             f"{OURS}.{name}"
             for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,60 @@ from nnunetv2_meddinov3.curate.volume import Grid, Image, Unreadable, Volume
 LETTERS = ("RL", "AP", "IS")  # towards the negative and the positive end of x, y, z in LPS
 PLANES = ("sagittal", "coronal", "axial")  # by the axis that the slices are stacked along
 MAX_SKEW = 0.05  # cosine between rows and columns from which pixels are not rectangles
+
+
+class Orientation(NamedTuple):
+    """How the axes of a file lie in the patient.
+
+    Attributes:
+        order: For x, y and z of the patient the index axis nearest to it, x of the file being 0.
+        signs: 1 or -1 for its sense.
+    """
+
+    order: tuple[int, ...]
+    signs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, grid: Grid) -> Orientation:
+        """Return that of a grid.
+
+        Raises:
+            Unreadable: If no image can have the grid.
+        """
+        if fault := grid.fault():
+            raise Unreadable(fault)
+        cosines = np.abs(grid.direction)
+        orders = itertools.permutations(range(3))
+        order = max(orders, key=lambda order: sum(cosines[w, a] for w, a in enumerate(order)))
+        signs = (
+            1.0 if grid.direction[world, axis] >= 0 else -1.0 for world, axis in enumerate(order)
+        )
+        return cls(order, tuple(signs))
+
+    def to_slices(self, array: np.ndarray) -> np.ndarray:
+        """Return an array (z, y, x, ...) of the file as axial slices (S, H, W, ...), a view."""
+        return array.transpose(*self._axes(), *range(3, array.ndim))[self._senses()]
+
+    def to_file(self, slices: np.ndarray) -> np.ndarray:
+        """Return axial slices (S, H, W, ...) as an array (z, y, x, ...) of the file, a view."""
+        back = np.argsort(self._axes())
+        return slices[self._senses()].transpose(*back, *range(3, slices.ndim))
+
+    def place_in_slices(
+        self, voxel: tuple[int, int, int], shape: tuple[int, ...]
+    ) -> tuple[int, int, int]:
+        """Return slice, row and column of a voxel (z, y, x) of a file's array of some shape."""
+        own = zip(self._axes(), reversed(self.signs), strict=True)
+        s, row, column = (
+            voxel[axis] if sign > 0 else shape[axis] - 1 - voxel[axis] for axis, sign in own
+        )
+        return s, row, column
+
+    def _axes(self) -> list[int]:
+        return [2 - axis for axis in reversed(self.order)]
+
+    def _senses(self) -> tuple[slice, ...]:
+        return tuple(slice(None, None, int(sign)) for sign in reversed(self.signs))
 
 
 def reorient(image: Image) -> Volume:
@@ -29,9 +84,9 @@ def reorient(image: Image) -> Volume:
         view, spacing, orientation = image.array, image.spacing, "unknown"
         positions = None if spacing is None else spacing[0] * np.arange(len(view))
     else:
-        order, signs = _axes_to_lps(image.grid)
-        view = image.array.transpose([2 - axis for axis in reversed(order)])
-        view = view[tuple(slice(None, None, int(sign)) for sign in reversed(signs))]
+        axes = Orientation.of(image.grid)
+        order, signs = axes
+        view = axes.to_slices(image.array)
         spacing, positions, notes = _place(image.grid, image.array.shape, order, signs)
         orientation = _letters(order, signs)
         if image.positions_mm is not None and order[2] == 2:  # axial as acquired
@@ -50,27 +105,16 @@ def reorient(image: Image) -> Volume:
     )
 
 
-def _axes_to_lps(grid: Grid) -> tuple[list[int], list[float]]:
-    """For x, y and z of the patient the index axis nearest to it, and 1 or -1 for its sense."""
-    if fault := grid.fault():
-        raise Unreadable(fault)
-    cosines = np.abs(grid.direction)
-    orders = itertools.permutations(range(3))
-    order = max(orders, key=lambda order: sum(cosines[w, a] for w, a in enumerate(order)))
-    signs = [1.0 if grid.direction[world, axis] >= 0 else -1.0 for world, axis in enumerate(order)]
-    return list(order), signs
-
-
 def _place(
-    grid: Grid, shape: tuple[int, ...], order: list[int], signs: list[float]
+    grid: Grid, shape: tuple[int, ...], order: tuple[int, ...], signs: tuple[float, ...]
 ) -> tuple[tuple[float, float, float], np.ndarray, list[str]]:
     """Spacing (z, y, x), z of the axial slices' planes, and remarks about tilt and reformatting.
 
     The first spacing is the distance of the planes; positions are along the slices' normal, which
     for untilted slices is the z axis.
     """
-    axes = grid.direction[:, order] * signs  # columns: towards L, P and S
-    steps = axes * np.array(grid.spacing)[order]
+    axes = grid.direction[:, list(order)] * signs  # columns: towards L, P and S
+    steps = axes * np.array(grid.spacing)[list(order)]
     first = grid.origin.astype(float)
     for world, axis in enumerate(order):
         if signs[world] < 0:
@@ -118,14 +162,14 @@ def exact_int16(values: np.ndarray) -> np.ndarray | None:
     return whole if values.dtype.kind in "iub" or np.array_equal(whole, values) else None
 
 
-def _letters(order: list[int], signs: list[float]) -> str:
+def _letters(order: tuple[int, ...], signs: tuple[float, ...]) -> str:
     letters = [""] * 3
     for world, axis in enumerate(order):
         letters[axis] = LETTERS[world][signs[world] > 0]
     return "".join(letters)
 
 
-def _notes(order: list[int], normal: np.ndarray, through: np.ndarray) -> list[str]:
+def _notes(order: tuple[int, ...], normal: np.ndarray, through: np.ndarray) -> list[str]:
     notes = []
     if order[2] != 2:
         plane = PLANES[order.index(2)]

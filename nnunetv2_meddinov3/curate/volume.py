@@ -84,6 +84,14 @@ class Grid:
             return "the axes in its header span no volume"
         return None
 
+    def affine_ras(self) -> np.ndarray:
+        """Return the matrix (4, 4) from voxels (x, y, z) to mm in RAS, as NIfTI has it."""
+        affine = np.eye(4)
+        affine[:3, :3] = self.direction * self.spacing
+        affine[:3, 3] = self.origin
+        affine[:2] *= -1
+        return affine
+
 
 @dataclass
 class Image:

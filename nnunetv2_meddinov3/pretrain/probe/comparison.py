@@ -44,7 +44,7 @@ def compare(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that PyTorch can use, but there is none.")
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    checkpoints = {source: _read(source) for source in sources}  # all, before any work
+    checkpoints = {source: read_weights(source) for source in sources}  # all, before any work
 
     def probe(backbone: Backbone, checkpoint: Checkpoint) -> ProbeResult:
         intensity = checkpoint.metadata.get("intensity")
@@ -58,7 +58,12 @@ def compare(
     return results
 
 
-def _read(source: str) -> Checkpoint:
+def read_weights(source: str) -> Checkpoint:
+    """Read anything that ``load_backbone`` takes, or what the folder of a stage has to give.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     folder = Path(source)
     if (folder / EXPORT).is_file():
         return read_checkpoint(folder / EXPORT)

@@ -1,0 +1,1 @@
+"""Looking inside: what a backbone makes of the slices of a scan."""

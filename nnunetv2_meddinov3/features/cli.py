@@ -1,0 +1,194 @@
+"""``meddinov3 features``: what a backbone makes of a scan."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from nnunetv2_meddinov3.errors import UserError
+
+_PCA = """\
+Colours each patch by the first three principal components of its tokens, over patches of the body
+in all scans that are given: one basis, so that a colour means the same in all of them. Writes for
+each scan a picture, and a NIfTI of colours in the scan's own place.
+"""
+_SIMILARITY = """\
+Compares every patch with the one at a point, by the cosine of their tokens. Writes a NIfTI of
+cosines for each scan, and a page that needs no other file: click any patch, and the map follows.
+"""
+_EPILOG_SIMILARITY = """\
+  meddinov3 features similarity chest.nii.gz --point 250,300,40 --weights teacher.safetensors -o out
+  meddinov3 features similarity a.nii.gz --point=-31,12,-580 --mm --to b.nii.gz --weights W -o out
+"""
+_VOLUME = "NIfTI, NRRD, MHA, DICOM, pictures, an nnU-Net raw dataset, or a folder of them"
+_EPILOG = """\
+  meddinov3 features pca chest.nii.gz --weights stage3/teacher.safetensors -o maps
+  meddinov3 features pca chest.nii.gz --weights other.pth -o maps_of_other --like maps
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the ways of looking.
+
+    Args:
+        argv: What was typed after ``meddinov3 features``; by default that of this process.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: A mistake in the arguments, or what cannot be read or written.
+    """
+    arguments = _parser().parse_args(argv)
+    written = arguments.way(arguments)
+    print("\n".join(map(str, written)))
+    return 0
+
+
+# Imports in functions because `--help` need not wait for torch.
+def _pca(arguments: argparse.Namespace) -> list[Path]:
+    from nnunetv2_meddinov3.features.pca import pca
+
+    return pca(
+        arguments.volumes,
+        arguments.weights,
+        arguments.output,
+        size=arguments.size,
+        slices=_count(arguments.slices),
+        at=arguments.at,
+        like_folder=arguments.like,
+        modality=arguments.modality,
+        device=arguments.device,
+    )
+
+
+def _similarity(arguments: argparse.Namespace) -> list[Path]:
+    point = _point(arguments.point)
+    from nnunetv2_meddinov3.features.similarity import similarity
+
+    return similarity(
+        arguments.volume,
+        point,
+        arguments.weights,
+        arguments.output,
+        in_mm=arguments.mm,
+        others=arguments.to,
+        size=arguments.size,
+        slices=_count(arguments.slices),
+        modality=arguments.modality,
+        device=arguments.device,
+    )
+
+
+def _point(text: str) -> tuple[float, float, float]:
+    try:
+        x, y, z = (float(part) for part in text.split(","))
+    except ValueError:
+        x = y = z = math.nan
+    if not all(map(math.isfinite, (x, y, z))):
+        raise UserError(f"--point must be three numbers such as 120,96,40, got {text!r}.")
+    return x, y, z
+
+
+def _count(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--slices must be a number from 1 on, or all, got {text!r}.")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meddinov3 features",
+        description="Shows what a backbone makes of a scan. `meddinov3 features WAY --help` "
+        "explains a way.",
+    )
+    ways = parser.add_subparsers(metavar="WAY", required=True)
+    pca = ways.add_parser(
+        "pca",
+        help="colours of principal components over the anatomy",
+        description=_PCA,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pca.set_defaults(way=_pca)
+    pca.add_argument("volumes", nargs="+", type=Path, metavar="VOLUME", help=_VOLUME)
+    _add_common(pca)
+    pca.add_argument(
+        "--at",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="INDEX",
+        help="these slices instead, counted from the lowest, 0",
+    )
+    pca.add_argument(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="output of an earlier run whose colours are kept: of the same weights on any scans, "
+        "or of others on the same slices",
+    )
+    similar = ways.add_parser(
+        "similarity",
+        help="cosines with one patch, and a page to click in",
+        description=_SIMILARITY,
+        epilog=_EPILOG_SIMILARITY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    similar.set_defaults(way=_similarity)
+    similar.add_argument("volume", type=Path, metavar="VOLUME", help=_VOLUME)
+    similar.add_argument(
+        "--point",
+        required=True,
+        metavar="X,Y,Z",
+        help="[REQUIRED] voxel of the file, counted from 0 (write --point=-1,2,3 for a negative "
+        "first number)",
+    )
+    similar.add_argument(
+        "--mm", action="store_true", help="the point is a position in mm, RAS as viewers show it"
+    )
+    similar.add_argument(
+        "--to",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="compare the slices of these scans too",
+    )
+    _add_common(similar)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--weights",
+        required=True,
+        metavar="W",
+        help="[REQUIRED] a path, timm:NAME, hf:OWNER/REPO/FILE, or the folder of a pretraining "
+        "stage",
+    )
+    add("-o", dest="output", required=True, type=Path, metavar="OUT", help="[REQUIRED] folder")
+    add(
+        "--size",
+        type=int,
+        default=896,
+        metavar="PIXELS",
+        help="along a slice's longer side, in which the backbone sees it; more show finer maps and "
+        "take longer. Default: 896",
+    )
+    add(
+        "--slices",
+        default="12",
+        metavar="N",
+        help="of each scan, at even distances, or all. Default: 12",
+    )
+    add(
+        "--modality",
+        metavar="NAME",
+        help="CT, MR, PT, US or XR: that of scans which do not say theirs",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Default: auto")
