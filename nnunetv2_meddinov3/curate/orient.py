@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +61,14 @@ class Orientation(NamedTuple):
             voxel[axis] if sign > 0 else shape[axis] - 1 - voxel[axis] for axis, sign in own
         )
         return s, row, column
+
+    def place_in_file(self, place: Sequence[int], shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return the voxel (z, y, x) of a slice, row and column; the inverse of the above."""
+        voxel = [0, 0, 0]
+        for own, axis, sign in zip(place, self._axes(), reversed(self.signs), strict=True):
+            voxel[axis] = own if sign > 0 else shape[axis] - 1 - own
+        z, y, x = voxel
+        return z, y, x
 
     def _axes(self) -> list[int]:
         return [2 - axis for axis in reversed(self.order)]

@@ -7,8 +7,6 @@ left, whichever it goes along with most.
 
 from __future__ import annotations
 
-import json
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +16,13 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 
 from nnunetv2_meddinov3.errors import UserError, first_line
-from nnunetv2_meddinov3.files import replacing
+from nnunetv2_meddinov3.features.npz import Damaged, read_npz, write_npz
 
 FILE = "basis.npz"
 MOST_PATCHES = 20_000  # to which a basis is fitted
 _RANGE = (1, 99)  # percentiles of the scores that are 0 and 1 in colour
 _VERSION = 1
+_ARRAYS = ("mean", "axes", "low", "high", "explained", "scores")
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,8 @@ class Basis:
             UserError: If that cannot be written.
         """
         facts = {"version": _VERSION, "weights": self.weights, "patches": self.patches}
-        names = ("mean", "axes", "low", "high", "explained", "scores")
-        with replacing(path) as part, part.open("wb") as file:
-            arrays = {name: getattr(self, name).astype(np.float32) for name in names}
-            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)
+        arrays = {name: getattr(self, name).astype(np.float32) for name in _ARRAYS}
+        write_npz(path, facts, arrays, compressed=True)
 
     @classmethod
     def load(cls, path: Path) -> Basis:
@@ -76,13 +73,11 @@ class Basis:
         """
         file = path / FILE if path.is_dir() else path
         try:
-            with np.load(file, allow_pickle=False) as content:
-                facts = json.loads(str(content["facts"]))
-                arrays = {name: content[name] for name in content.files if name != "facts"}
-            if facts.pop("version") != _VERSION:
-                raise ValueError("it is of another version of this package")
-            return cls(**arrays, **facts)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            facts, arrays = read_npz(file, _ARRAYS)
+            if facts.pop("version", None) != _VERSION:
+                raise Damaged("it is of another version of this package")
+            return cls(**arrays, weights=str(facts["weights"]), patches=str(facts["patches"]))
+        except (Damaged, KeyError) as error:
             raise UserError(
                 f"--like must be the output folder of an earlier `features pca`, but {file} cannot "
                 f"be read ({first_line(error)})."

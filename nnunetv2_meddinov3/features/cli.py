@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
 
@@ -20,6 +21,22 @@ cosines for each scan, and a page that needs no other file: click any patch, and
 _EPILOG_SIMILARITY = """\
   meddinov3 features similarity chest.nii.gz --point 250,300,40 --weights teacher.safetensors -o out
   meddinov3 features similarity a.nii.gz --point=-31,12,-580 --mm --to b.nii.gz --weights W -o out
+"""
+_EXTRACT = """\
+Writes the tokens of each scan after the last block to a .npz in fp16: cls (S, D), patches
+(S, rows, columns, D), slices (S,), and facts, a text of JSON with the affine from patches to mm.
+A scan whose file is there from the same weights and options is left alone, so that the same command
+continues an interrupted run.
+"""
+_EPILOG_EXTRACT = """\
+  meddinov3 features extract Dataset042_Mine/imagesTr --weights W -o tokens --size 448
+"""
+_SEARCH = """\
+Finds the slices whose cls tokens have the largest cosine with that of one slice, among those of
+`features extract` with the same weights. Writes a picture of them.
+"""
+_EPILOG_SEARCH = """\
+  meddinov3 features search chest.nii.gz tokens --at 40 --weights W -o nearest.png
 """
 _VOLUME = "NIfTI, NRRD, MHA, DICOM, pictures, an nnU-Net raw dataset, or a folder of them"
 _EPILOG = """\
@@ -41,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         UserError: A mistake in the arguments, or what cannot be read or written.
     """
     arguments = _parser().parse_args(argv)
-    written = arguments.way(arguments)
-    print("\n".join(map(str, written)))
+    print("\n".join(map(str, arguments.way(arguments))))
     return 0
 
 
@@ -81,6 +97,44 @@ def _similarity(arguments: argparse.Namespace) -> list[Path]:
     )
 
 
+def _extract(arguments: argparse.Namespace) -> list[Path]:
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {arguments.batch}.")
+    from nnunetv2_meddinov3.features.extract import extract
+
+    return extract(
+        arguments.volumes,
+        arguments.weights,
+        arguments.output,
+        size=arguments.size,
+        slices=_count(arguments.slices),
+        with_patches=not arguments.cls_only,
+        batch=arguments.batch,
+        modality=arguments.modality,
+        device=arguments.device,
+    )
+
+
+def _search(arguments: argparse.Namespace) -> list[str]:
+    if arguments.count < 1:
+        raise UserError(f"--count must be at least 1, got {arguments.count}.")
+    from nnunetv2_meddinov3.features.search import search
+
+    hits = search(
+        arguments.query,
+        arguments.folder,
+        arguments.weights,
+        arguments.output,
+        at=arguments.at,
+        count=arguments.count,
+        elsewhere=arguments.elsewhere,
+        modality=arguments.modality,
+        device=arguments.device,
+    )
+    lines = [f"{hit.cosine:6.3f}  slice {hit.slice:4}  {hit.scan}" for hit in hits]
+    return [*lines, str(arguments.output)]
+
+
 def _point(text: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(part) for part in text.split(","))
@@ -106,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
         "explains a way.",
     )
     ways = parser.add_subparsers(metavar="WAY", required=True)
+    for add_way in (_add_pca, _add_similarity, _add_extract, _add_search):
+        add_way(ways)
+    return parser
+
+
+def _add_pca(ways: Any) -> None:
     pca = ways.add_parser(
         "pca",
         help="colours of principal components over the anatomy",
@@ -131,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         help="output of an earlier run whose colours are kept: of the same weights on any scans, "
         "or of others on the same slices",
     )
+
+
+def _add_similarity(ways: Any) -> None:
     similar = ways.add_parser(
         "similarity",
         help="cosines with one patch, and a page to click in",
@@ -159,18 +222,58 @@ def _parser() -> argparse.ArgumentParser:
         help="compare the slices of these scans too",
     )
     _add_common(similar)
-    return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--weights",
-        required=True,
-        metavar="W",
-        help="[REQUIRED] a path, timm:NAME, hf:OWNER/REPO/FILE, or the folder of a pretraining "
-        "stage",
+def _add_extract(ways: Any) -> None:
+    extract = ways.add_parser(
+        "extract",
+        help="tokens of slices in .npz files, for retrieval and probing",
+        description=_EXTRACT,
+        epilog=_EPILOG_EXTRACT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    extract.set_defaults(way=_extract)
+    extract.add_argument("volumes", nargs="+", type=Path, metavar="VOLUME", help=_VOLUME)
+    _add_common(extract, slices="all")
+    extract.add_argument("--cls-only", action="store_true", help="write no patch tokens")
+    extract.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="slices that the backbone sees together. Default: 8 on a GPU, 1 on a CPU",
+    )
+
+
+def _add_search(ways: Any) -> None:
+    search = ways.add_parser(
+        "search",
+        help="the slices of a folder that are most like one, as a picture",
+        description=_SEARCH,
+        epilog=_EPILOG_SEARCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    search.set_defaults(way=_search)
+    search.add_argument("query", type=Path, metavar="QUERY", help="a scan")
+    search.add_argument("folder", type=Path, metavar="FOLDER", help="output of `features extract`")
+    search.add_argument(
+        "-o", dest="output", required=True, type=Path, metavar="PNG", help="[REQUIRED] picture"
+    )
+    search.add_argument(
+        "--at",
+        type=int,
+        metavar="INDEX",
+        help="the query's slice, counted from the lowest, 0. Default: the middle one",
+    )
+    search.add_argument("--count", type=int, default=11, metavar="N", help="to find. Default: 11")
+    search.add_argument(
+        "--elsewhere", action="store_true", help="leave out all slices of the query's own scan"
+    )
+    _add_weights(search)
+
+
+def _add_common(parser: argparse.ArgumentParser, slices: str = "12") -> None:
+    _add_weights(parser)
+    add = parser.add_argument
     add("-o", dest="output", required=True, type=Path, metavar="OUT", help="[REQUIRED] folder")
     add(
         "--size",
@@ -182,9 +285,20 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--slices",
-        default="12",
+        default=slices,
         metavar="N",
-        help="of each scan, at even distances, or all. Default: 12",
+        help=f"of each scan, at even distances, or all. Default: {slices}",
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--weights",
+        required=True,
+        metavar="W",
+        help="[REQUIRED] a path, timm:NAME, hf:OWNER/REPO/FILE, or the folder of a pretraining "
+        "stage",
     )
     add(
         "--modality",

@@ -99,6 +99,16 @@ class Scan:
             return z, y, x
         return Orientation.of(self.grid).place_in_slices((z, y, x), shape)
 
+    def position_of(self, place: Sequence[int]) -> np.ndarray:
+        """Return the position in mm, RAS, of a slice, row and column, also outside the scan.
+
+        By the file's grid: slices of a DICOM series may be at other distances (``positions_mm``).
+        """
+        assert self.grid is not None
+        shape = self.to_file(self.slices).shape
+        z, y, x = Orientation.of(self.grid).place_in_file(place, shape)
+        return (self.grid.affine_ras() @ [x, y, z, 1])[:3]
+
     def body(self, index: int) -> Bool[np.ndarray, "height width"]:
         """Return which pixels of a slice show the body, its air and lungs included."""
         filled = ndimage.binary_fill_holes(self.slices[index] > self.body_above)

@@ -92,6 +92,11 @@ def similarity(
         chosen = choose_slices(scan, slices)
         if not seen:
             place = scan.place_of(point, in_mm)
+            if place[0] in scan.unusable:
+                raise UserError(
+                    f"--point must lie in a slice that shows something, but {scan.said(place[0])} "
+                    f"of {scan.name} shows nothing: choose another place."
+                )
             chosen = sorted({*chosen, place[0]})
         _check_size(seen, extractor, scan, len(chosen))
         seen.append(_look(extractor, scan, chosen))
