@@ -38,6 +38,14 @@ Finds the slices whose cls tokens have the largest cosine with that of one slice
 _EPILOG_SEARCH = """\
   meddinov3 features search chest.nii.gz tokens --at 40 --weights W -o nearest.png
 """
+_COMPARE = """\
+Shows what several checkpoints make of the same slices: effective ranks, noise of patches, principal
+components in matching colours, and similarity to one patch, in one page that needs no other file.
+"""
+_EPILOG_COMPARE = """\
+  meddinov3 features compare run/stage1 run/stage3 --on chest.nii.gz -o compared.html
+"""
+_WEIGHTS = "a path, timm:NAME, hf:OWNER/REPO/FILE, or the folder of a pretraining stage"
 _VOLUME = "NIfTI, NRRD, MHA, DICOM, pictures, an nnU-Net raw dataset, or a folder of them"
 _EPILOG = """\
   meddinov3 features pca chest.nii.gz --weights stage3/teacher.safetensors -o maps
@@ -135,6 +143,21 @@ def _search(arguments: argparse.Namespace) -> list[str]:
     return [*lines, str(arguments.output)]
 
 
+def _compare(arguments: argparse.Namespace) -> list[Path]:
+    from nnunetv2_meddinov3.features.side_by_side import compare_features
+
+    return compare_features(
+        arguments.weights,
+        arguments.on,
+        arguments.output,
+        size=arguments.size,
+        slices=_count(arguments.slices),
+        dataset=arguments.dataset,
+        modality=arguments.modality,
+        device=arguments.device,
+    )
+
+
 def _point(text: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(part) for part in text.split(","))
@@ -160,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "explains a way.",
     )
     ways = parser.add_subparsers(metavar="WAY", required=True)
-    for add_way in (_add_pca, _add_similarity, _add_extract, _add_search):
+    for add_way in (_add_pca, _add_similarity, _add_extract, _add_search, _add_compare):
         add_way(ways)
     return parser
 
@@ -271,11 +294,50 @@ def _add_search(ways: Any) -> None:
     _add_weights(search)
 
 
+def _add_compare(ways: Any) -> None:
+    compare = ways.add_parser(
+        "compare",
+        help="several checkpoints on the same slices, in one page",
+        description=_COMPARE,
+        epilog=_EPILOG_COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.set_defaults(way=_compare)
+    compare.add_argument("weights", nargs="+", metavar="W", help=_WEIGHTS)
+    compare.add_argument(
+        "--on",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="VOLUME",
+        help=f"[REQUIRED] {_VOLUME}",
+    )
+    compare.add_argument(
+        "-o", dest="output", required=True, type=Path, metavar="HTML", help="[REQUIRED] page"
+    )
+    compare.add_argument(
+        "--dataset",
+        type=Path,
+        metavar="DIR",
+        help="labelled raw dataset of nnU-Net, on which they are probed too, as by `meddinov3 "
+        "probe`",
+    )
+    _add_size(compare)
+    _add_slices(compare, "4")
+    _add_place(compare)
+
+
 def _add_common(parser: argparse.ArgumentParser, slices: str = "12") -> None:
     _add_weights(parser)
-    add = parser.add_argument
-    add("-o", dest="output", required=True, type=Path, metavar="OUT", help="[REQUIRED] folder")
-    add(
+    parser.add_argument(
+        "-o", dest="output", required=True, type=Path, metavar="OUT", help="[REQUIRED] folder"
+    )
+    _add_size(parser)
+    _add_slices(parser, slices)
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--size",
         type=int,
         default=896,
@@ -283,26 +345,28 @@ def _add_common(parser: argparse.ArgumentParser, slices: str = "12") -> None:
         help="along a slice's longer side, in which the backbone sees it; more show finer maps and "
         "take longer. Default: 896",
     )
-    add(
+
+
+def _add_slices(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
         "--slices",
-        default=slices,
+        default=default,
         metavar="N",
-        help=f"of each scan, at even distances, or all. Default: {slices}",
+        help=f"of each scan, at even distances, or all. Default: {default}",
     )
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--weights",
-        required=True,
-        metavar="W",
-        help="[REQUIRED] a path, timm:NAME, hf:OWNER/REPO/FILE, or the folder of a pretraining "
-        "stage",
-    )
-    add(
+    parser.add_argument("--weights", required=True, metavar="W", help=f"[REQUIRED] {_WEIGHTS}")
+    _add_place(parser)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--modality",
         metavar="NAME",
         help="CT, MR, PT, US or XR: that of scans which do not say theirs",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Default: auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="Default: auto"
+    )

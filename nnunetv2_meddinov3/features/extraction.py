@@ -146,6 +146,17 @@ def body_patches(
     return F.interpolate(body, grid_size, mode="area")[0, 0].numpy() >= 0.5
 
 
+def shown_by_patches(
+    scan: Scan, index: int, extractor: Extractor
+) -> Float[np.ndarray, "row column 3"]:
+    """Return brightness, row and column of each patch."""
+    rows, columns = extractor.grid_size(scan)
+    image, patch = extractor.input(scan, index)[0, 0].numpy(), extractor.patch_size
+    brightness = image.reshape(rows, patch, columns, patch).mean((1, 3))
+    y, x = np.mgrid[:rows, :columns]
+    return np.stack([brightness, y / rows, x / columns], axis=-1)
+
+
 def patch_of_pixels(
     shape: tuple[int, int], grid_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from nnunetv2_meddinov3.features.basis import FILE, MOST_PATCHES, Basis, fit_basis, like
-from nnunetv2_meddinov3.features.extraction import Extractor, body_patches, patch_of_pixels
+from nnunetv2_meddinov3.features.extraction import (
+    Extractor,
+    body_patches,
+    patch_of_pixels,
+    shown_by_patches,
+)
 from nnunetv2_meddinov3.features.pictures import draw_montage, write_colours
 from nnunetv2_meddinov3.features.scans import Scan, choose_slices, find_scans, open_scans
 from nnunetv2_meddinov3.files import check_writable
@@ -113,7 +118,7 @@ class _Looking:
                 index = chosen[place]
                 looked = self._kept[scan.name, index] = self._look(scan, index)
                 self._tokens.append(looked.tokens[looked.body])
-                self._shown.append(_shown(scan, index, self.extractor)[looked.body])
+                self._shown.append(shown_by_patches(scan, index, self.extractor)[looked.body])
                 self._digest.update(scan.slices[index].tobytes())
                 progress.advance()
 
@@ -151,15 +156,6 @@ class _Looking:
     def _look(self, scan: Scan, index: int) -> _Looked:
         tokens = self.extractor.tokens(scan, index).patches
         return _Looked(tokens, body_patches(scan, index, self.extractor.grid_size(scan)))
-
-
-def _shown(scan: Scan, index: int, extractor: Extractor) -> Float[np.ndarray, "row column 3"]:
-    """Return brightness, row and column of each patch."""
-    rows, columns = extractor.grid_size(scan)
-    image, patch = extractor.input(scan, index)[0, 0].numpy(), extractor.patch_size
-    brightness = image.reshape(rows, patch, columns, patch).mean((1, 3))
-    y, x = np.mgrid[:rows, :columns]
-    return np.stack([brightness, y / rows, x / columns], axis=-1)
 
 
 def _write(
