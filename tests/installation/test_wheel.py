@@ -23,7 +23,7 @@ def contents(wheel):
 
 def test_the_wheel_holds_the_package_the_start_up_files_and_nothing_else(tree, wheel):
     package = tree / "nnunetv2_meddinov3"
-    wanted = {p for p in package.rglob("*") if p.suffix in {".py", ".yaml", ".json"}}
+    wanted = {p for p in package.rglob("*") if p.suffix in {".py", ".yaml", ".json", ".html"}}
     held = {name for name in contents(wheel) if ".dist-info/" not in name}
     assert held == {p.relative_to(tree).as_posix() for p in wanted} | STARTUP_FILES
 
