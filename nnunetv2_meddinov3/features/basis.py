@@ -19,7 +19,7 @@ from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.features.npz import Damaged, read_npz, write_npz
 
 FILE = "basis.npz"
-MOST_PATCHES = 20_000  # to which a basis is fitted
+_MOST_PATCHES = 20_000  # to which a basis is fitted
 _RANGE = (1, 99)  # percentiles of the scores that are 0 and 1 in colour
 _VERSION = 1
 _ARRAYS = ("mean", "axes", "low", "high", "explained", "scores")
@@ -107,6 +107,8 @@ def fit_basis(
             "principal components need at least four patches that show a body, but there are "
             f"{len(tokens)}: look at other slices, or make --size larger."
         )
+    few = np.unique(np.linspace(0, len(tokens) - 1, _MOST_PATCHES).round().astype(int))
+    tokens, shown = tokens[few], shown[few]
     fitted = PCA(3, svd_solver="full").fit(tokens.astype(np.float64))
     axes, scores = fitted.components_, fitted.transform(tokens.astype(np.float64))
     signs = _signs(scores, shown)

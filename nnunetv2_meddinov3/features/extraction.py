@@ -22,7 +22,7 @@ from nnunetv2_meddinov3.models.precision import has_bf16
 from nnunetv2_meddinov3.models.weights import Checkpoint
 from nnunetv2_meddinov3.pretrain.config import Contract, Intensity
 from nnunetv2_meddinov3.pretrain.intensity import contract_in
-from nnunetv2_meddinov3.pretrain.probe.comparison import read_weights
+from nnunetv2_meddinov3.pretrain.probe.comparison import chosen_device, read_weights
 
 MAX_SIDE = 8192  # pixels: 262,144 patches of 16 pixels
 
@@ -48,8 +48,7 @@ class Extractor:
     """
 
     def __init__(self, weights: str, size: int, device: str = "auto") -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda needs a GPU that PyTorch can use, but there is none.")
+        self.device = torch.device(chosen_device(device))
         self.weights = weights
         checkpoint = read_weights(weights)
         self.patch_size = patch = checkpoint.architecture.patch_size
@@ -60,9 +59,6 @@ class Extractor:
             )
         self.size = size
         self.identity = identity_of(checkpoint)
-        self.device = torch.device(
-            "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        )
         self._stated: dict[str, Any] | None = checkpoint.metadata.get("intensity")
         self._told: set[str] = set()
         self.backbone = backbone_from(checkpoint).eval().requires_grad_(False).to(self.device)
@@ -127,6 +123,11 @@ class Extractor:
                 file=sys.stderr,
             )
         return usual
+
+
+def unit(tokens: Float[np.ndarray, "*any dim"]) -> Float[np.ndarray, "*any dim"]:
+    """Return tokens of length 1, whose products are cosines."""
+    return tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-9)
 
 
 def identity_of(checkpoint: Checkpoint) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nnunetv2_meddinov3.features.basis import FILE, MOST_PATCHES, Basis, fit_basis, like
+from nnunetv2_meddinov3.features.basis import FILE, Basis, fit_basis, like
 from nnunetv2_meddinov3.features.extraction import (
     Extractor,
     body_patches,
@@ -129,11 +129,9 @@ class _Looking:
             UserError: If there are too few.
         """
         tokens, shown = np.concatenate(self._tokens), np.concatenate(self._shown)
-        few = np.unique(np.linspace(0, len(tokens) - 1, MOST_PATCHES).round().astype(int))
-        few = few if len(tokens) else few[:0]
         return fit_basis(
-            tokens[few],
-            shown[few],
+            tokens,
+            shown,
             weights=self.extractor.identity,
             patches=self._digest.hexdigest(),
         )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.features.extract import ENDING, thumbnail
-from nnunetv2_meddinov3.features.extraction import Extractor
+from nnunetv2_meddinov3.features.extraction import Extractor, unit
 from nnunetv2_meddinov3.features.npz import Damaged, read_npz
 from nnunetv2_meddinov3.features.scans import choose_slices, find_scans, open_scans
 from nnunetv2_meddinov3.files import check_writable, replacing
@@ -91,12 +91,12 @@ def search(
         )
     (scan,) = open_scans(found, modality)
     (index,) = choose_slices(scan, 1, () if at is None else (at,))
-    wanted = _unit(extractor.tokens(scan, index).cls)
+    wanted = unit(extractor.tokens(scan, index).cls)
     sha256 = source_sha256(found[0][1].paths)
     hits: list[Hit] = []
     for arrays, facts in read:
         own = facts["made_from"]["sha256"] == sha256
-        cosines = _unit(arrays["cls"].astype(np.float32)) @ wanted
+        cosines = unit(arrays["cls"].astype(np.float32)) @ wanted
         for n, number in enumerate(arrays["slices"].tolist()):
             if not (own and (elsewhere or number == index)):
                 hits.append(Hit(float(cosines[n]), facts["scan"], number, arrays["pictures"][n]))
@@ -125,10 +125,6 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _same(facts: dict[str, Any], extractor: Extractor) -> bool:
     return facts["made_from"]["weights"] == extractor.identity
-
-
-def _unit(tokens: np.ndarray) -> np.ndarray:
-    return tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-9)
 
 
 def _draw(query: np.ndarray, said: str, hits: list[Hit], path: Path) -> None:

@@ -15,8 +15,14 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.features.basis import MOST_PATCHES, Basis, fit_basis, like
-from nnunetv2_meddinov3.features.extraction import Extractor, Tokens, body_patches, shown_by_patches
+from nnunetv2_meddinov3.features.basis import Basis, fit_basis, like
+from nnunetv2_meddinov3.features.extraction import (
+    Extractor,
+    Tokens,
+    body_patches,
+    shown_by_patches,
+    unit,
+)
 from nnunetv2_meddinov3.features.pictures import grey_of, over_anatomy, pixel_aspect
 from nnunetv2_meddinov3.features.scans import Scan, choose_slices, find_scans, open_scans
 from nnunetv2_meddinov3.files import check_writable
@@ -172,7 +178,7 @@ def _neighbours(
     patches: Float[np.ndarray, "row column dim"], body: Bool[np.ndarray, "row column"]
 ) -> Float[np.ndarray, " pair"]:
     """Return the cosines of patches of the body with those below and to the right of them."""
-    x = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-9)
+    x = unit(patches)
     below = (x[1:] * x[:-1]).sum(-1)[body[1:] & body[:-1]]
     beside = (x[:, 1:] * x[:, :-1]).sum(-1)[body[:, 1:] & body[:, :-1]]
     return np.concatenate([below, beside])
@@ -202,8 +208,7 @@ def _components(tokens: dict[str, list[Tokens]], pictured: list[_Slice]) -> list
     maps: list[list[np.ndarray]] = []
     for name, found in tokens.items():
         flat = np.concatenate([t.patches[b] for t, b in zip(found, bodies, strict=True)])
-        few = np.unique(np.linspace(0, len(flat) - 1, MOST_PATCHES).round().astype(int))
-        basis = fit_basis(flat[few], shown[few], weights=name, patches="of the page")
+        basis = fit_basis(flat, shown, weights=name, patches="of the page")
         basis = basis if first is None else like(basis, first)
         first = first or basis
         maps.append([basis.colours(each.patches).astype(np.float32) for each in found])
@@ -227,8 +232,7 @@ def _similarities(tokens: dict[str, list[Tokens]], pictured: list[_Slice]) -> li
     found = list(tokens.values())
 
     def draw(column: int, row: int) -> np.ndarray:
-        patches = found[column][row].patches
-        x = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-9)
+        x = unit(found[column][row].patches)
         return x @ x[places[row]]
 
     text = "The cosine of every patch with the one in the middle of the body (cross), -0.2 to 1."

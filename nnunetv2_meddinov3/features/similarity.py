@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from nnunetv2_meddinov3.errors import UserError
-from nnunetv2_meddinov3.features.extraction import Extractor, patch_of_pixels
+from nnunetv2_meddinov3.features.extraction import Extractor, patch_of_pixels, unit
 from nnunetv2_meddinov3.features.pictures import grey_of, pixel_aspect, write_scalar
 from nnunetv2_meddinov3.features.scans import Scan, choose_slices, find_scans, open_scans
 from nnunetv2_meddinov3.files import check_writable, write_text
@@ -127,9 +127,7 @@ def _look(extractor: Extractor, scan: Scan, indices: list[int]) -> _Seen:
     tokens = []
     with Progress(len(indices), "slices", title=scan.name, every=10, stream=sys.stderr) as progress:
         for index in indices:
-            patches = extractor.tokens(scan, index).patches
-            norms = np.linalg.norm(patches, axis=-1, keepdims=True)
-            tokens.append(patches / np.maximum(norms, 1e-9))
+            tokens.append(unit(extractor.tokens(scan, index).patches))
             progress.advance()
     return _Seen(scan, indices, np.stack(tokens))
 

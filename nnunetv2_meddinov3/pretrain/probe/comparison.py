@@ -41,9 +41,7 @@ def compare(
     Raises:
         UserError: If weights cannot be read, or there is no such device.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that PyTorch can use, but there is none.")
-    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    chosen = chosen_device(device)
     checkpoints = {source: read_weights(source) for source in sources}  # all, before any work
 
     def probe(backbone: Backbone, checkpoint: Checkpoint) -> ProbeResult:
@@ -56,6 +54,17 @@ def compare(
         torch.manual_seed(0)
         results["random weights"] = probe(Backbone(first.architecture), first)
     return results
+
+
+def chosen_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda``, the second for ``auto`` where there is one.
+
+    Raises:
+        UserError: If ``cuda`` is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU that PyTorch can use, but there is none.")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def read_weights(source: str) -> Checkpoint:
