@@ -63,6 +63,10 @@ VERBS = {
         "show what a backbone makes of a scan: principal components as colours",
         "nnunetv2_meddinov3.features.cli:main",
     ),
+    "report": Verb(
+        "write a page on a trained model: curves, Dice, worst and best cases, commands",
+        "nnunetv2_meddinov3.report.cli:main",
+    ),
     "dataset": Verb(
         "make nnU-Net datasets of AMOS22, BTCV, KiTS23 and LiTS from their downloads",
         "nnunetv2_meddinov3.datasets.cli:main",

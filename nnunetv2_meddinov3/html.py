@@ -45,12 +45,14 @@ class Table:
         rows: Cells, turned to text; a row may have any length.
         text: Whether all columns hold words, which are left-aligned.
         last_is_total: Whether the last row is set in bold.
+        summary: Where there is one, the table is folded away under it.
     """
 
     head: Sequence[str]
     rows: Iterable[Sequence[object]]
     text: bool = False
     last_is_total: bool = False
+    summary: str = ""
     block: ClassVar[str] = "table"
 
 
@@ -129,12 +131,19 @@ _TEMPLATES = {
 {% for item in block["items"] %}<li>{{ item }}</li>
 {% endfor %}</ul>
 {% elif block.block == "table" -%}
+{% if block.summary %}<details><summary>{{ block.summary }}</summary>
+{% endif -%}
 <table{% if block.text or block.last_is_total %} class="
 {{- ['words' if block.text, 'total' if block.last_is_total]|select|join(' ') }}"{% endif %}>
 {% if block.head %}<tr>{% for cell in block.head %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% endif %}
 {% for row in block.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
+{%- if block.summary %}
+
+</details>
+{%- endif %}
+
 {% elif block.block == "picture" -%}
 <img alt="{{ block.alt }}" src="data:image/png;base64,{{ block.base64 }}">
 {% elif block.summary -%}

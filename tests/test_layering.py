@@ -19,7 +19,7 @@ MAX_LINES = 400
 # A room is a folder of the package or a file at its top. What of ours each may import, besides
 # itself and the version:
 SHARED = {"errors", "files", "locks", "progress", "html", "signals", "raw_dataset", "settings"}
-SHARED |= {"processes", "case_names", "invalid"}
+SHARED |= {"processes", "case_names", "invalid", "curves"}
 NNUNET_SIDE = {
     "trainers",
     "fine_tuning",
@@ -40,11 +40,13 @@ MAY_IMPORT = {
     "pretrain": SHARED | {"store", "models"},
     "features": SHARED | {"store", "curate", "models", "pretrain"},
     **dict.fromkeys(
-        NNUNET_SIDE, SHARED | NNUNET_SIDE | {"models", "discovery", "readiness", "prediction"}
+        NNUNET_SIDE,
+        SHARED | NNUNET_SIDE | {"models", "discovery", "readiness", "prediction", "report"},
     ),
     "prediction": SHARED,
     "readiness": SHARED,
     "evaluation": SHARED,
+    "report": SHARED | {"evaluation", "models"},
     "datasets": SHARED,
     "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},
     "demo": SHARED | {"evaluation", "planning"},
@@ -75,7 +77,7 @@ BY_NAME = {
     ),
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
-        | {f"{OURS}.prediction", f"{OURS}.bench", f"{OURS}.features"}
+        | {f"{OURS}.prediction", f"{OURS}.bench", f"{OURS}.features", f"{OURS}.report"}
         | {
             f"{OURS}.{name}"
             for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")

@@ -30,9 +30,8 @@ _ERRORS = {"missed": "#D55E00", "invented": "#0072B2", "another label": "#E69F00
 
 def error_maps(
     cases: Mapping[str, str],
+    pairs: Mapping[str, tuple[Path | None, Path]],
     images: Mapping[str, Path],
-    predictions: Path,
-    labels: Path,
     dataset: RawDataset,
 ) -> bytes:
     """Draw the slice of each case that has the most wrong pixels, three times.
@@ -42,9 +41,8 @@ def error_maps(
 
     Args:
         cases: Name of a case -> what to say of it.
+        pairs: Case -> label maps of prediction (None is drawn as empty) and reference.
         images: Case -> file of its first channel; cases may be missing.
-        predictions: Folder of the predicted label maps; a missing one is drawn as empty.
-        labels: Folder of the references.
         dataset: Gives labels, file ending and modality.
 
     Returns:
@@ -57,13 +55,13 @@ def error_maps(
     figure = Figure(figsize=(11, 3.7 * len(cases) + 0.9), layout="constrained", facecolor="white")
     rows = figure.subplots(len(cases), 3, squeeze=False)
     for (case, said), axes in zip(cases.items(), rows, strict=True):
-        file_name = case + dataset.ending
-        reference = upright(read_image(labels / file_name))
+        prediction_file, reference_file = pairs[case]
+        reference = upright(read_image(reference_file))
         maps = [voxels(reference).astype(int)]
-        if (predictions / file_name).is_file():
-            maps.append(voxels(upright(read_image(predictions / file_name))).astype(int))
-        else:
+        if prediction_file is None:
             maps.append(np.zeros_like(maps[0]))
+        else:
+            maps.append(voxels(upright(read_image(prediction_file))).astype(int))
         wrong = _wrong_pixels(maps[0], maps[1], dataset)
         index = int(np.argmax((wrong > 0).sum(axis=(1, 2))))
         grey = upright(read_image(images[case])) if case in images else reference

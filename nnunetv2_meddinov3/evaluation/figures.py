@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
+from nnunetv2_meddinov3.curves import png
+from nnunetv2_meddinov3.evaluation.dice import DiceTable, mean_dice
 from nnunetv2_meddinov3.evaluation.statistics import Interval
 
 TITLES = {
@@ -16,6 +18,35 @@ TITLES = {
     "hd95": "HD95",
     "volume_error": "relative error of the volume",
 }
+
+
+def case_plot(table: DiceTable) -> bytes:
+    """Draw the Dice of every case as a dot and its mean as a line, one row a label.
+
+    Args:
+        table: Case -> label -> Dice; NaN is not drawn.
+
+    Returns:
+        A PNG.
+    """
+    means = mean_dice(table)
+    figure = Figure(
+        figsize=(7.5, max(2.2, 0.9 + 0.32 * len(means))), layout="constrained", facecolor="white"
+    )
+    axis = figure.subplots()
+    # beside each other where many have one value; the same dots in every drawing
+    aside = np.random.default_rng(0).uniform(-0.22, 0.22, len(table))
+    for at, label in enumerate(means):
+        found = np.array([row[label] for row in table.values()])
+        axis.plot(found, at + aside, "o", ms=4, alpha=0.5, color="#4477aa", mew=0)
+        axis.plot([means[label]] * 2, [at - 0.35, at + 0.35], color="#222222", lw=2)
+    axis.set_yticks(range(len(means)), list(means))
+    axis.set_ylim(len(means) - 0.5, -0.5)
+    axis.set_xlabel("Dice of each case (dots) and their mean (line)")
+    axis.set_xlim(-0.02, 1.02)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return png(figure)
 
 
 def label_plot(
@@ -54,6 +85,4 @@ def label_plot(
     axis.spines[["top", "right"]].set_visible(False)
     if len(methods) > 1:
         figure.legend(loc="outside lower center", ncols=min(3, len(methods)), frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return png(figure)

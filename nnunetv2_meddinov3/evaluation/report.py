@@ -121,7 +121,7 @@ def _worst(
         for case in worst
     ]
     said = {case: f"mean Dice {means[case]:.3f}" for case in worst}
-    png = error_maps(said, images, *folders, dataset)
+    png = error_maps(said, _files(folders, worst, dataset.ending), images, dataset)
     return [
         Table(["case", *labels, OVER_LABELS], cells),
         Text("The slice of each with the most wrong pixels."),
@@ -129,6 +129,17 @@ def _worst(
             png, "Contours of reference and prediction and the wrong pixels of the worst cases"
         ),
     ]
+
+
+def _files(
+    folders: tuple[Path, Path], cases: Sequence[str], ending: str
+) -> dict[str, tuple[Path | None, Path]]:
+    predictions, labels = folders
+    predicted = {c: predictions / f"{c}{ending}" for c in cases}
+    return {
+        case: (path if path.is_file() else None, labels / path.name)
+        for case, path in predicted.items()
+    }
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -197,6 +198,27 @@ _OF_NUMPY: list[Any] = [
         *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _NUMPY),
     )
 ]
+
+
+# what makes the numbers themselves, and nothing else
+_scalar = numpy.float64().__reduce__()[0]
+_NUMBERS: list[Any] = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_NUMBERS += [numpy.dtype, *{type(numpy.dtype(kind)) for kind in "?bBhHiIlLqQefdg"}]
+
+
+def load_with_numbers(path: Path) -> Any:
+    """Return the content of a file of torch's with its numbers of numpy, without running its code.
+
+    Tensors are not read before they are used.
+
+    Raises:
+        UserError: If it is missing, damaged or unsafe.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMBERS):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch names no common class for what a damaged file can raise
+        raise UserError(_refusal(path, str(path), error)) from error
 
 
 def _read_pickle(path: Path, where: str) -> Contents:

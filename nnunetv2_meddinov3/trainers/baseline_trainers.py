@@ -15,6 +15,7 @@ from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import
 
 from nnunetv2_meddinov3 import fine_tuning, optimisation
 from nnunetv2_meddinov3.models import segformer
+from nnunetv2_meddinov3.report import after_validation
 from nnunetv2_meddinov3.settings import backbone_setting, check_variables, count_setting
 from nnunetv2_meddinov3.trainers.meddinov3_trainers import MedDINOv3Trainer
 
@@ -40,6 +41,11 @@ class UNetTrainer(nnUNetTrainer):
             self.num_epochs = epochs
         if iterations is not None:
             fine_tuning.set_iterations(self, iterations)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does, and write the page of the model."""
+        super().perform_actual_validation(save_probabilities)
+        after_validation.write_after_validation(self)
 
 
 class UNetTrainer_adamw(UNetTrainer, nnUNetTrainerAdam1en3):

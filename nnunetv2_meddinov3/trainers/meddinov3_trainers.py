@@ -20,6 +20,7 @@ from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.models.build import load_into
 from nnunetv2_meddinov3.models.segmentation_network import Network
 from nnunetv2_meddinov3.prediction.predictor import used_in_validation
+from nnunetv2_meddinov3.report import after_validation
 from nnunetv2_meddinov3.settings import check_variables, checkpointing_setting, count_setting
 from nnunetv2_meddinov3.step_guard import StepGuard
 
@@ -84,6 +85,7 @@ class MedDINOv3Trainer(nnUNetTrainer):
         readiness.check_labels(self)
         with used_in_validation():
             super().perform_actual_validation(save_probabilities)
+        after_validation.write_after_validation(self)
 
     def initialize(self) -> None:
         """Settle the architecture, build, and load pretrained weights unless a run is resumed.

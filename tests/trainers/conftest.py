@@ -27,6 +27,7 @@ from nnunetv2.run.run_training import run_training
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnunetv2_meddinov3.discovery import register
+from nnunetv2_meddinov3.report import after_validation
 
 PLANS = "nnUNetPlans"
 
@@ -127,12 +128,13 @@ def _write(array, path):
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_nnunet():
-    """Threads for processes, few intensity samples, no progress plot; our names registered."""
+    """Threads for processes, few intensity samples, no plots; our names registered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_n_proc_DA", "0")
         patch.setenv("MEDDINOV3_BACKBONE", "vit_tiny")
         patch.setattr(multiprocessing, "get_context", lambda *args: _Threads())
         patch.setattr(LocalLogger, "plot_progress_png", _touch_progress_png)
+        patch.setattr(after_validation, "write_after_validation", lambda trainer: None)
         patch.setattr(DatasetFingerprintExtractor, "__init__", _with_few_voxels())
         register()
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnunetv2_meddinov3.curves import Panels, Rows, curves, png
 from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
 from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS
@@ -25,11 +25,6 @@ from nnunetv2_meddinov3.pretrain.probe.probing import too_few
 from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
 
 _BODY_HU = -300  # a pixel above it shows the body
-_COLUMNS = 3  # panels beside each other
-_COLOURS = {"student": "#4477aa", "teacher": "#cc6677", "blind guess": "#999999"}
-
-Rows = list[dict[str, Any]]
-Panels = dict[str, dict[str, str]]  # title -> key in a row -> its name in the legend
 
 _WHO = ("student", "teacher")
 _LOSSES: Panels = {
@@ -83,7 +78,7 @@ def write_report(folder: Path) -> Path:
     facts = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     sections = [
         Section("Health", [_verdicts(health)]),
-        Section("Losses and gradients", [_curves(metrics, _LOSSES)]),
+        Section("Losses and gradients", [curves(metrics, _LOSSES)]),
         Section(
             "Health metrics",
             [
@@ -92,7 +87,7 @@ def write_report(folder: Path) -> Path:
                     "targets: 1 is uniform, which says nothing. Prototypes used: those that are "
                     "the first choice of some crop."
                 ),
-                _curves(health, _HEALTH),
+                curves(health, _HEALTH),
             ],
         ),
         *_probes(read_rows(folder / PROBE)),
@@ -155,7 +150,7 @@ def _probes(rows: Rows) -> list[Section]:
     worse = [row["verdict"] for row in rows if row.get("verdict")]
     if worse:
         blocks.append(Text(worse[-1], "wrong"))
-    return [Section("Probes", [*blocks, _curves(rows, _PROBES)])]
+    return [Section("Probes", [*blocks, curves(rows, _PROBES)])]
 
 
 def _features(moments: list[Moment]) -> list[Section]:
@@ -173,9 +168,9 @@ def _features(moments: list[Moment]) -> list[Section]:
                     "red, green and blue; colours of neighbouring columns are rotated to fit, "
                     "their absolute values mean nothing."
                 ),
-                Picture(_png(colours), f"Principal components as colours: {grid}."),
+                Picture(png(colours), f"Principal components as colours: {grid}."),
                 Text("Cosine of every patch with the one at the cross."),
-                Picture(_png(similarities), f"Cosine with the patch at the cross: {grid}."),
+                Picture(png(similarities), f"Cosine with the patch at the cross: {grid}."),
             ],
         )
     ]
@@ -199,62 +194,6 @@ def _words(value: Any) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _curves(rows: Rows, panels: Panels) -> Block:
-    panels = {
-        title: known
-        for title, series in panels.items()
-        if (known := {k: name for k, name in series.items() if _points(rows, k)})
-    }
-    if not panels:
-        return Text("None yet.")
-    return Picture(_png(draw_curves(rows, panels)), _in_words(rows, panels))
-
-
-def _in_words(rows: Rows, panels: Panels) -> str:
-    """What curves show, for those who cannot see them: where each begins and ends."""
-    parts = []
-    for title, series in panels.items():
-        ends = []
-        for key, name in series.items():
-            points = _points(rows, key)
-            which = f"{name} " if len(series) > 1 else ""
-            ends.append(f"{which}from {points[0][1]:.4g} to {points[-1][1]:.4g}")
-        parts.append(f"{title}: {', '.join(ends)}")
-    steps = f"from step {rows[0]['step']} to {rows[-1]['step']}"
-    return f"Curves {steps}: {'; '.join(parts)}."
-
-
-def _points(rows: Rows, key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-
-
-def draw_curves(rows: Rows, panels: Panels) -> Figure:
-    """Draw numbers over steps.
-
-    Args:
-        rows: With ``step``.
-        panels: What is drawn in each; every key has a number in some row.
-    """
-    lines = -(-len(panels) // _COLUMNS)
-    figure = Figure(figsize=(4 * _COLUMNS, 2.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, _COLUMNS, squeeze=False).ravel()
-    for axis, (title, series) in zip(axes, panels.items(), strict=False):
-        for key, name in series.items():
-            steps, values = zip(*_points(rows, key), strict=True)
-            axis.plot(steps, values, label=name, color=_COLOURS.get(name), linewidth=1.2)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
-            axis.legend(fontsize=7, frameon=False)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    for axis in axes[max(0, len(panels) - _COLUMNS) : len(panels)]:
-        axis.set_xlabel("step", fontsize=8)
-    return figure
 
 
 def draw_maps(moments: list[Moment]) -> tuple[Figure, Figure]:
@@ -303,9 +242,3 @@ def _place(image: np.ndarray, grid: tuple[int, ...]) -> tuple[int, int]:
     middle = body.mean(0) if len(body) else np.array(image.shape) / 2
     row, column = (middle * np.array(grid) / np.array(image.shape)).astype(int)
     return min(int(row), grid[0] - 1), min(int(column), grid[1] - 1)
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return data.getvalue()

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from nnunetv2_meddinov3.curves import draw_curves
 from nnunetv2_meddinov3.files import write_rows
 from nnunetv2_meddinov3.pretrain.monitor.health import measure, verdicts
 from nnunetv2_meddinov3.pretrain.monitor.report import (
     _HEALTH,
     _LOSSES,
     _PROBES,
-    draw_curves,
     draw_maps,
     write_report,
 )

@@ -1,0 +1,1 @@
+"""Pages about trained models, made from their folders."""
