@@ -63,6 +63,10 @@ VERBS = {
         "show what a backbone makes of a scan: principal components as colours",
         "nnunetv2_meddinov3.features.cli:main",
     ),
+    "segment": Verb(
+        "segment scans (NIfTI, DICOM, ...) with a model's folder or zip, no variables needed",
+        "nnunetv2_meddinov3.segment.cli:main",
+    ),
     "report": Verb(
         "write a page on a trained model: curves, Dice, worst and best cases, commands",
         "nnunetv2_meddinov3.report.cli:main",

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "report": SHARED | {"evaluation", "models"},
+    "segment": SHARED | {"curate", "evaluation", "models", "prediction"},
     "datasets": SHARED,
     "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},
     "demo": SHARED | {"evaluation", "planning"},
@@ -78,6 +79,7 @@ BY_NAME = {
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
         | {f"{OURS}.prediction", f"{OURS}.bench", f"{OURS}.features", f"{OURS}.report"}
+        | {f"{OURS}.segment"}
         | {
             f"{OURS}.{name}"
             for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")

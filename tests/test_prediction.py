@@ -381,7 +381,8 @@ def window_of(network, **options):
     """Return a sliding window and an image with its tiles."""
     predictor = model(ours())
     data = torch.randn(1, 3, 80, 110)
-    window = predictor._window([network or predictor.network])
+    heads = predictor.label_manager.num_segmentation_heads
+    window = predictor._window([network or predictor.network], heads)
     for name, value in options.items():
         setattr(window, name, value)
     return window, data, predictor._internal_get_sliding_window_slicers(data.shape[1:])

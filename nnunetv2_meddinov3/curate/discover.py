@@ -85,6 +85,19 @@ def find_sources(
     return finder.results()
 
 
+def named(sources: Sequence[VolumeSource]) -> list[tuple[str, VolumeSource]]:
+    """Return sources, each with a name of its own that files can have."""
+    names: dict[str, VolumeSource] = {}
+    for source in sources:
+        first = PurePosixPath(source.key.split("#")[0])
+        stem = first.name.removesuffix(ending_of(first.name) or "")
+        name = re.sub(r"[^\w.-]+", "_", stem) or "scan"
+        while name in names:
+            name += "_"
+        names[name] = source
+    return list(names.items())
+
+
 class _Finder:
     """Collects sources and refusals over all arguments."""
 

@@ -5,7 +5,6 @@ Slices are axial, from caudal to cranial, rows to P, columns to L, as pretrainin
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Int16
 from scipy import ndimage
 
-from nnunetv2_meddinov3.curate.discover import find_sources
+from nnunetv2_meddinov3.curate.discover import find_sources, named
 from nnunetv2_meddinov3.curate.modalities import check_modality, identify
 from nnunetv2_meddinov3.curate.orient import Orientation, reorient
 from nnunetv2_meddinov3.curate.readers import read
-from nnunetv2_meddinov3.curate.readers.images import ending_of
 from nnunetv2_meddinov3.curate.slices import stack_slices
 from nnunetv2_meddinov3.curate.volume import Grid, Unreadable, VolumeSource
 from nnunetv2_meddinov3.errors import UserError
@@ -140,19 +138,7 @@ def find_scans(
             f"VOLUME must be a scan (NIfTI, NRRD, MHA, DICOM, pictures) or a folder of them, but "
             f"{listed} holds none{why}."
         )
-    names: dict[str, VolumeSource] = {}
-    for source in sources:
-        name = _name(source)
-        while name in names:
-            name += "_"
-        names[name] = source
-    return list(names.items())
-
-
-def _name(source: VolumeSource) -> str:
-    first = Path(source.key.split("#")[0])
-    stem = first.name.removesuffix(ending_of(first.name) or "")
-    return re.sub(r"[^\w.-]+", "_", stem) or "scan"
+    return named(sources)
 
 
 def open_scans(

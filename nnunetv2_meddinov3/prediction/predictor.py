@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Float16, Float32, Int
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.data_iterators import preprocess_fromfiles_save_to_queue
@@ -42,6 +42,7 @@ from nnunetv2_meddinov3.files import part_beside, sweep_leftovers
 from nnunetv2_meddinov3.prediction.ahead import in_threads
 from nnunetv2_meddinov3.prediction.slicewise import Resample, slice_resampling
 from nnunetv2_meddinov3.prediction.sliding_window import SlidingWindow
+from nnunetv2_meddinov3.prediction.uncertainty import WithProbabilities, doubt, not_measurable
 from nnunetv2_meddinov3.progress import Progress
 
 _LINES = 10  # of progress for each case, where there is no terminal
@@ -57,11 +58,16 @@ class MedDINOv3Predictor(nnUNetPredictor):
     Attributes:
         batch: Tiles predicted at once, mirrored ones counted; None until the first prediction
             chose it. Halved where a GPU's memory does not suffice.
+        measures_uncertainty: Whether ``segment`` also sets ``uncertainty``.
+        uncertainty: Of the case that was segmented last, in the shape of its labels: ``doubt`` of
+            the mean probabilities over mirrorings and folds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.batch: int | None = None
+        self.measures_uncertainty = False
+        self.uncertainty: Float32[np.ndarray, ...] | None = None
         self._folds: tuple[Any, list[Any]] = (None, [])
 
     # Whole commands
@@ -83,7 +89,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
         Raises:
             UserError: If a case cannot be written.
         """
-        if save_probabilities or not self._is_2d:
+        if save_probabilities or not self.is_2d:
             return super().predict_from_data_iterator(
                 data_iterator, save_probabilities, num_processes_segmentation_export
             )
@@ -119,7 +125,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
         Raises:
             UserError: If a case cannot be read or written.
         """
-        if save_probabilities or not self._is_2d:
+        if save_probabilities or not self.is_2d:
             return super().predict_from_files_sequential(
                 list_of_lists_or_source_folder,
                 output_folder_or_list_of_truncated_output_files,
@@ -144,7 +150,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
         num_processes: int,
     ) -> Iterator[dict[str, Any]]:
         """Preprocess the next cases in threads: processes would import nnU-Net first."""
-        if not self._is_2d:
+        if not self.is_2d:
             return super()._internal_get_data_iterator_from_lists_of_filenames(
                 input_list_of_lists,
                 seg_from_prev_stage_files,
@@ -156,10 +162,17 @@ class MedDINOv3Predictor(nnUNetPredictor):
         cases = zip(input_list_of_lists, previous, names, strict=True)
         # on a CPU the prediction takes longer than reading and needs the cores and the memory
         readers = 1 if self.device.type == "cpu" else max(1, num_processes)
-        return in_threads(self._read, cases, readers)
+        return in_threads(self.read, cases, readers)
 
-    def _read(self, case: tuple[list[str], str | None, str | None]) -> dict[str, Any]:
-        """Read and preprocess a case as nnU-Net does: image files, earlier stage, target."""
+    def read(self, case: tuple[list[str], str | None, str | None]) -> dict[str, Any]:
+        """Read and preprocess a case as nnU-Net does.
+
+        Args:
+            case: Image files; label map of an earlier stage, or None; what to write, or None.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
         files, previous, name = case
         channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
         if len(files) != len(channels):
@@ -226,6 +239,8 @@ class MedDINOv3Predictor(nnUNetPredictor):
             uint8, or uint16 from 255 labels on, with the axes that nnU-Net's writer expects.
         """
         resample = self._resampling(properties, data.shape[1])
+        if resample is None and self.measures_uncertainty:
+            raise not_measurable()
         if resample is None:
             return convert_predicted_logits_to_segmentation_with_correct_shape(
                 self.predict_logits_from_preprocessed_data(data).numpy(),
@@ -237,6 +252,8 @@ class MedDINOv3Predictor(nnUNetPredictor):
         shape = tuple(properties["shape_after_cropping_and_before_resampling"])
         dtype = np.uint8 if len(self.label_manager.foreground_labels) < 255 else np.uint16
         labels = np.empty(shape, dtype)
+        doubts = np.empty(shape, np.float32) if self.measures_uncertainty else None
+        heads = self.label_manager.num_segmentation_heads
         bar = Progress(
             shape[0],
             "slices",
@@ -245,18 +262,30 @@ class MedDINOv3Predictor(nnUNetPredictor):
             stream=sys.stderr if self.allow_tqdm else None,
         )
         patch = self.configuration_manager.patch_size
+        networks, is_by_region = self._networks(), self.label_manager.has_regions
+        if self.measures_uncertainty:
+            networks = [WithProbabilities(network, is_by_region) for network in networks]
         with torch.inference_mode(), bar:
             padded, unpad = pad_nd_image(data, patch, "constant", {"value": 0}, True, None)
             tiles = self._internal_get_sliding_window_slicers(padded.shape[1:])
             index = (slice(None), *unpad[2:])
-            window = self._window(self._networks())
+            window = self._window(networks, heads * (1 + self.measures_uncertainty))
             with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-                for z, logits in window.slices(self._near(padded), tiles):
-                    labels[z] = self._labels(resample(logits[index], shape[1:]))
+                for z, found in window.slices(self._near(padded), tiles):
+                    logits = found[index]
+                    labels[z] = self._labels(resample(logits[:heads], shape[1:]))
+                    if doubts is not None:
+                        doubts[z] = doubt(logits[heads:], is_by_region, shape[1:])
                     bar.advance()
             self.batch = window.batch
-        whole = np.zeros(properties["shape_before_cropping"], dtype)
-        whole = insert_crop_into_image(whole, labels, properties["bbox_used_for_cropping"])
+        if doubts is not None:
+            self.uncertainty = self._uncropped(doubts, properties)
+        return self._uncropped(labels, properties)
+
+    def _uncropped(self, values: np.ndarray, properties: dict[str, Any]) -> np.ndarray:
+        """Return values of the cropped image in the shape of the original."""
+        whole = np.zeros(properties["shape_before_cropping"], values.dtype)
+        insert_crop_into_image(whole, values, properties["bbox_used_for_cropping"])  # in place
         return whole.transpose(self.plans_manager.transpose_backward)
 
     def _labels(self, logits: Float[Tensor, "class height width"]) -> Int[np.ndarray, "_ _"]:
@@ -267,7 +296,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
         return manager.convert_logits_to_segmentation(logits[:, None].cpu().numpy())[0]
 
     def _resampling(self, properties: dict[str, Any], slices: int) -> Resample | None:
-        if not self._is_2d:
+        if not self.is_2d:
             return None
         spacing = [properties["spacing"][i] for i in self.plans_manager.transpose_forward]
         wanted = properties["shape_after_cropping_and_before_resampling"][0]
@@ -276,14 +305,15 @@ class MedDINOv3Predictor(nnUNetPredictor):
     # The sliding window
 
     @property
-    def _is_2d(self) -> bool:
+    def is_2d(self) -> bool:
+        """Whether the configuration is."""
         return len(self.configuration_manager.patch_size) == 2
 
     def _internal_predict_sliding_window_return_logits(
         self, data: Tensor, slicers: Sequence[tuple], do_on_device: bool = True
     ) -> Float16[Tensor, "class _ _ _"]:
         """Return the logits of a padded image, as nnU-Net's training validation wants them."""
-        if not self._is_2d:
+        if not self.is_2d:
             return super()._internal_predict_sliding_window_return_logits(
                 data, slicers, do_on_device
             )
@@ -292,13 +322,13 @@ class MedDINOv3Predictor(nnUNetPredictor):
         logits = torch.empty((heads, *data.shape[1:]), dtype=torch.half, device=place)
         network = cast(Any, self).network  # of the trainer: in DDP, ranks have other cases here
         is_wrapped = isinstance(network, DistributedDataParallel)
-        window = self._window([network.module if is_wrapped else network])
+        window = self._window([network.module if is_wrapped else network], heads)
         for z, found in window.slices(data.to(place), slicers):
             logits[:, z] = found
         self.batch = window.batch
         return logits
 
-    def _window(self, networks: Sequence[nn.Module]) -> SlidingWindow:
+    def _window(self, networks: Sequence[nn.Module], channels: int) -> SlidingWindow:
         """Return the sliding window over the slices, with the batch that fitted before."""
         threads = torch.get_num_threads()
         if "nnUNet_def_n_proc" in os.environ:  # which nnU-Net obeys too
@@ -310,7 +340,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
         return SlidingWindow(
             networks,
             self.device,
-            self.label_manager.num_segmentation_heads,
+            channels,
             mirror_axes=(self.allowed_mirroring_axes if self.use_mirroring else None) or (),
             weight=weight,
             batch=self.batch,

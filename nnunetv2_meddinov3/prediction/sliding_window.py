@@ -106,7 +106,8 @@ class SlidingWindow:
         """Let each thread compute tiles of its own: that uses cores better than a shared tile."""
         size = self._tiles_at_once(data, tiles, _PIXELS_CPU)
         batches = [tiles[i : i + size] for i in range(0, len(tiles), size)]
-        is_compiled = any(isinstance(network, OptimizedModule) for network in self.networks)
+        inner = [getattr(network, "network", network) for network in self.networks]
+        is_compiled = any(isinstance(network, OptimizedModule) for network in inner)
         workers = 1 if is_compiled else max(1, min(self.threads, len(batches)))
 
         def predict(batch: Sequence[Tile]) -> list[Tensor]:

@@ -1,0 +1,140 @@
+"""``meddinov3 segment``: a scan and a model in, labels out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunetv2_meddinov3.errors import UserError
+
+_DESCRIPTION = """\
+Segments scans with a trained model of nnU-Net's, ours or any other that is installed: NIfTI, NRRD,
+MHA, or DICOM in; NIfTI out, with a picture of each. The labels are those of nnUNetv2_predict. It
+needs none of nnU-Net's variables and no preparation; the model is a folder of nnUNet_results or the
+zip of nnUNetv2_export_model_to_zip, which is not installed. Run again, it goes on with the scans
+that have no labels in OUT.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Segment scans.
+
+    Args:
+        argv: What was typed after ``meddinov3 segment``; by default that of this process.
+
+    Returns:
+        The exit code, 1 where a scan of several failed.
+
+    Raises:
+        UserError: If there is no such model or scan, or results cannot be written.
+    """
+    arguments = _parser().parse_args(argv)
+    if not arguments.max_gb > 0:
+        raise UserError(f"--max-gb must be more than 0, got {arguments.max_gb:g}.")
+    # Imported here because `--help` need not wait for torch.
+    from nnunetv2_meddinov3.files import check_writable
+    from nnunetv2_meddinov3.raw_dataset import read_dataset_json
+    from nnunetv2_meddinov3.segment.cases import find_cases
+    from nnunetv2_meddinov3.segment.dicom_seg import check_highdicom
+    from nnunetv2_meddinov3.segment.model_source import opened_model
+    from nnunetv2_meddinov3.segment.segmenting import Wanted, load_predictor, segment_cases
+
+    check_writable(arguments.output)
+    if arguments.dicom_seg:
+        check_highdicom()
+    device = _device(arguments.device)
+    source = arguments.model, arguments.configuration, arguments.folds, arguments.checkpoint
+    with opened_model(*source, max_gb=arguments.max_gb) as model:
+        cases = find_cases(arguments.volume, read_dataset_json(model.folder / "dataset.json"))
+        if arguments.dicom_seg and not any(c.source and c.source.kind == "dicom" for c in cases):
+            raise UserError(
+                f"--dicom-seg needs DICOM series, which it refers to, but {arguments.volume} holds "
+                "none: leave it out."
+            )
+        done = [] if arguments.overwrite else [c for c in cases if _is_done(c, arguments.output)]
+        if done:
+            print(f"{len(done)} of {len(cases)} were done before (--overwrite repeats them).")
+        left = [case for case in cases if case not in done]
+        if not left:
+            return 0
+        predictor = load_predictor(model, device, arguments.mirroring)
+        wanted = Wanted(arguments.picture, arguments.uncertainty, arguments.dicom_seg)
+        failed = segment_cases(left, model, predictor, arguments.output, wanted)
+    print(f"Written to {arguments.output}" + (", but for what is said above" if failed else ""))
+    return 1 if failed else 0
+
+
+def _is_done(case: object, out: Path) -> bool:
+    name = getattr(case, "name", "")
+    return any((out / f"{name}{ending}").is_file() for ending in (".nii.gz", ".png"))
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    import torch  # seconds
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    backend = torch.backends.mps if name == "mps" else torch.cuda
+    if not backend.is_available():
+        raise UserError(
+            f"-device {name} needs such a device, but torch {torch.__version__} sees none: leave "
+            "it out."
+        )
+    return name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meddinov3 segment",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("volume", type=Path, metavar="VOLUME", help="a scan, or a folder of scans")
+    add("--model", required=True, type=Path, metavar="MODEL", help="[REQUIRED] its folder or zip")
+    add("-o", dest="output", required=True, type=Path, metavar="OUT", help="[REQUIRED] folder")
+    add("-c", dest="configuration", metavar="NAME", help="which, where a model has several")
+    add(
+        "-f",
+        dest="folds",
+        nargs="+",
+        default=(),
+        metavar="FOLD",
+        help="folds whose predictions are averaged. Default: all that are there",
+    )
+    add(
+        "--checkpoint",
+        default="checkpoint_final.pth",
+        metavar="NAME",
+        help="Default: checkpoint_final.pth",
+    )
+    add("-device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="Default: auto")
+    add(
+        "--uncertainty",
+        action="store_true",
+        help="also write CASE_uncertainty.nii.gz: 0 is sure, 1 is a guess; the entropy of the mean "
+        "probabilities over mirrorings and folds (2D models)",
+    )
+    add(
+        "--dicom-seg",
+        action="store_true",
+        help="also write CASE.dcm, a DICOM Segmentation of each series (needs the extra dicom)",
+    )
+    add(
+        "--no-mirroring",
+        dest="mirroring",
+        action="store_false",
+        help="do not average over mirrored images: up to four times faster, less exact",
+    )
+    add("--no-picture", dest="picture", action="store_false", help="write no CASE.png")
+    add("--overwrite", action="store_true", help="repeat what is in OUT already")
+    add(
+        "--max-gb",
+        type=float,
+        default=50.0,
+        metavar="GB",
+        help="refuse a zip that unpacks to more. Default: 50",
+    )
+    return parser
