@@ -67,6 +67,10 @@ VERBS = {
         "segment scans (NIfTI, DICOM, ...) with a model's folder or zip, no variables needed",
         "nnunetv2_meddinov3.segment.cli:main",
     ),
+    "export-onnx": Verb(
+        "write a trained network as one ONNX file, compared with PyTorch's numbers",
+        "nnunetv2_meddinov3.segment.onnx_export:main",
+    ),
     "report": Verb(
         "write a page on a trained model: curves, Dice, worst and best cases, commands",
         "nnunetv2_meddinov3.report.cli:main",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.segment.model_source import add_model_options, opened_model
 
 _DESCRIPTION = """\
 Segments scans with a trained model of nnU-Net's, ours or any other that is installed: NIfTI, NRRD,
@@ -29,14 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         UserError: If there is no such model or scan, or results cannot be written.
     """
     arguments = _parser().parse_args(argv)
-    if not arguments.max_gb > 0:
-        raise UserError(f"--max-gb must be more than 0, got {arguments.max_gb:g}.")
     # Imported here because `--help` need not wait for torch.
     from nnunetv2_meddinov3.files import check_writable
     from nnunetv2_meddinov3.raw_dataset import read_dataset_json
     from nnunetv2_meddinov3.segment.cases import find_cases
     from nnunetv2_meddinov3.segment.dicom_seg import check_highdicom
-    from nnunetv2_meddinov3.segment.model_source import opened_model
     from nnunetv2_meddinov3.segment.segmenting import Wanted, load_predictor, segment_cases
 
     check_writable(arguments.output)
@@ -93,23 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("volume", type=Path, metavar="VOLUME", help="a scan, or a folder of scans")
-    add("--model", required=True, type=Path, metavar="MODEL", help="[REQUIRED] its folder or zip")
+    add_model_options(parser, "--model")
     add("-o", dest="output", required=True, type=Path, metavar="OUT", help="[REQUIRED] folder")
-    add("-c", dest="configuration", metavar="NAME", help="which, where a model has several")
-    add(
-        "-f",
-        dest="folds",
-        nargs="+",
-        default=(),
-        metavar="FOLD",
-        help="folds whose predictions are averaged. Default: all that are there",
-    )
-    add(
-        "--checkpoint",
-        default="checkpoint_final.pth",
-        metavar="NAME",
-        help="Default: checkpoint_final.pth",
-    )
     add("-device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="Default: auto")
     add(
         "--uncertainty",
@@ -130,11 +113,4 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--no-picture", dest="picture", action="store_false", help="write no CASE.png")
     add("--overwrite", action="store_true", help="repeat what is in OUT already")
-    add(
-        "--max-gb",
-        type=float,
-        default=50.0,
-        metavar="GB",
-        help="refuse a zip that unpacks to more. Default: 50",
-    )
     return parser

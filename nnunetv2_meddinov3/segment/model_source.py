@@ -7,6 +7,7 @@ known here.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import re
@@ -263,3 +264,46 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"a model must have a readable {path.name}, but {path}: {first_line(error)}."
         ) from error
+
+
+def add_model_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the options that say which model is meant.
+
+    Args:
+        parser: Of a command.
+        name: ``MODEL`` for a positional argument, ``--model`` for an option.
+    """
+    add = parser.add_argument
+    if name == "MODEL":
+        add("model", type=Path, metavar="MODEL", help="a model's folder or zip")
+    else:
+        add(name, required=True, type=Path, metavar="MODEL", help="[REQUIRED] its folder or zip")
+    add("-c", dest="configuration", metavar="NAME", help="which, where a model has several")
+    add(
+        "-f",
+        dest="folds",
+        nargs="+",
+        default=(),
+        metavar="FOLD",
+        help="folds whose predictions are averaged. Default: all that are there",
+    )
+    add(
+        "--checkpoint",
+        default=FINAL,
+        metavar="NAME",
+        help="Default: %(default)s",
+    )
+    add(
+        "--max-gb",
+        type=_gigabytes,
+        default=MAX_GB,
+        metavar="GB",
+        help="refuse a zip that unpacks to more. Default: %(default)g",
+    )
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return value
