@@ -46,7 +46,7 @@ from nnunetv2_meddinov3.prediction.uncertainty import WithProbabilities, doubt, 
 from nnunetv2_meddinov3.progress import Progress
 
 _LINES = 10  # of progress for each case, where there is no terminal
-_GO_ON = "What was predicted before is kept; repair or remove it, then add --continue_prediction."
+GO_ON = "What was predicted before is kept; repair or remove it, then add --continue_prediction."
 
 
 class MedDINOv3Predictor(nnUNetPredictor):
@@ -179,7 +179,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
             raise UserError(
                 f"each case must have {len(channels)} files, one for each of "
                 f"{', '.join(map(str, channels.values()))}, but there is only "
-                f"{', '.join(files) or 'none'}. {_GO_ON}"
+                f"{', '.join(files) or 'none'}. {GO_ON}"
             )
         found: queue.Queue[dict[str, Any]] = queue.Queue()
         try:
@@ -198,7 +198,7 @@ class MedDINOv3Predictor(nnUNetPredictor):
         except Exception as error:
             raise UserError(
                 f"{', '.join(files)} must be a case of this model's kind, but cannot be read or "
-                f"preprocessed: {first_line(error)}. {_GO_ON}"
+                f"preprocessed: {first_line(error)}. {GO_ON}"
             ) from error
         return found.get_nowait()
 

@@ -35,7 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     from nnunetv2_meddinov3.raw_dataset import read_dataset_json
     from nnunetv2_meddinov3.segment.cases import find_cases
     from nnunetv2_meddinov3.segment.dicom_seg import check_highdicom
-    from nnunetv2_meddinov3.segment.segmenting import Wanted, load_predictor, segment_cases
+    from nnunetv2_meddinov3.segment.segmenting import (
+        Wanted,
+        labels_name,
+        load_predictor,
+        segment_cases,
+    )
 
     check_writable(arguments.output)
     if arguments.dicom_seg:
@@ -43,13 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     device = _device(arguments.device)
     source = arguments.model, arguments.configuration, arguments.folds, arguments.checkpoint
     with opened_model(*source, max_gb=arguments.max_gb) as model:
-        cases = find_cases(arguments.volume, read_dataset_json(model.folder / "dataset.json"))
+        dataset = read_dataset_json(model.folder / "dataset.json")
+        cases = find_cases(arguments.volume, dataset)
         if arguments.dicom_seg and not any(c.source and c.source.kind == "dicom" for c in cases):
             raise UserError(
                 f"--dicom-seg needs DICOM series, which it refers to, but {arguments.volume} holds "
                 "none: leave it out."
             )
-        done = [] if arguments.overwrite else [c for c in cases if _is_done(c, arguments.output)]
+        paths = {case.name: arguments.output / labels_name(case, dataset) for case in cases}
+        done = [] if arguments.overwrite else [c for c in cases if paths[c.name].is_file()]
         if done:
             print(f"{len(done)} of {len(cases)} were done before (--overwrite repeats them).")
         left = [case for case in cases if case not in done]
@@ -60,11 +67,6 @@ def main(argv: list[str] | None = None) -> int:
         failed = segment_cases(left, model, predictor, arguments.output, wanted)
     print(f"Written to {arguments.output}" + (", but for what is said above" if failed else ""))
     return 1 if failed else 0
-
-
-def _is_done(case: object, out: Path) -> bool:
-    name = getattr(case, "name", "")
-    return any((out / f"{name}{ending}").is_file() for ending in (".nii.gz", ".png"))
 
 
 def _device(name: str) -> str:
@@ -111,6 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="do not average over mirrored images: up to four times faster, less exact",
     )
-    add("--no-picture", dest="picture", action="store_false", help="write no CASE.png")
+    add("--no-picture", dest="picture", action="store_false", help="write no CASE_overlay.png")
     add("--overwrite", action="store_true", help="repeat what is in OUT already")
     return parser

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_meddinov3.curate.readers.images import PICTURES
 from nnunetv2_meddinov3.curate.volume import Image
 from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.files import replacing, write_text
@@ -43,7 +44,7 @@ class Wanted:
     """What is written of each scan besides its labels.
 
     Attributes:
-        picture: ``CASE.png``.
+        picture: ``CASE_overlay.png``.
         uncertainty: ``CASE_uncertainty.nii.gz``.
         dicom_seg: ``CASE.dcm``, of DICOM series.
     """
@@ -51,6 +52,12 @@ class Wanted:
     picture: bool = True
     uncertainty: bool = False
     dicom_seg: bool = False
+
+
+def labels_name(case: Case, dataset: RawDataset) -> str:
+    """Return the file name of a scan's labels: NIfTI, or of pictures what the model writes."""
+    is_of_pictures = dataset.ending.lower().endswith(PICTURES)
+    return f"{case.name}{dataset.ending if is_of_pictures else _NIFTI}"
 
 
 def load_predictor(model: TrainedModel, device: str, mirroring: bool = True) -> MedDINOv3Predictor:
@@ -171,6 +178,8 @@ class _Reader:
     folder: Path
 
     def __call__(self, case: Case) -> _Read | UserError:
+        from nnunetv2_meddinov3.prediction.predictor import GO_ON
+
         try:
             image, files = None, case.files
             if case.source is not None:
@@ -179,7 +188,7 @@ class _Reader:
                 files = (write_for_model(image, target),)
             found = self.predictor.read(([str(file) for file in files], None, None))
         except UserError as error:
-            said = str(error).partition(" Go on")[0]
+            said = str(error).partition(f" {GO_ON}")[0]  # advice for another command
             return UserError(f"{case.said} was not segmented: {said}")
         return _Read(case, files, image, found["data"], found["data_properties"])
 
@@ -194,8 +203,7 @@ def _segment(
     """
     case, wrong = read.case, ""
     labels = predictor.segment(read.data, read.properties, title=case.name)
-    ending = dataset.ending if _is_picture(read) else _NIFTI
-    target = out / f"{case.name}{ending}"
+    target = out / labels_name(case, dataset)
     with tempfile.TemporaryDirectory(prefix="meddinov3_labels_") as folder:
         written = Path(folder) / f"{case.name}{dataset.ending}"
         writer = predictor.plans_manager.image_reader_writer_class()
@@ -207,7 +215,8 @@ def _segment(
             share = sitk.Cast(sitk.ReadImage(str(path)) / float(_STEPS), sitk.sitkFloat32)
             _deliver(share, out / f"{case.name}_uncertainty{_NIFTI}", read.image)
         if wanted.picture:
-            save_picture(out / f"{case.name}.png", case.name, read.files[0], written, dataset)
+            picture = out / f"{case.name}_overlay.png"  # labels of pictures are CASE.png
+            save_picture(picture, case.name, read.files[0], written, dataset)
         image = sitk.ReadImage(str(written))
         if wanted.dicom_seg and read.image is not None and case.source is not None:
             path, name = out / f"{case.name}.dcm", str(predictor.trainer_name)
@@ -217,18 +226,12 @@ def _segment(
                     write_dicom_seg(path, case.source, read.image, array, dataset.labels, name)
             except UserError as error:
                 wrong = str(error)
-        if read.image is None and written.name.endswith(ending):
+        if read.image is None and written.name == target.name:
             with replacing(target) as part:
                 part.write_bytes(written.read_bytes())
         else:
             _deliver(image, target, read.image)
     return f"{case.name}: {_volumes(image, dataset)}", wrong
-
-
-def _is_picture(read: _Read) -> bool:
-    return read.image is None and not read.files[0].name.lower().endswith(
-        (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
-    )
 
 
 def _deliver(image: sitk.Image, target: Path, original: Image | None) -> None:

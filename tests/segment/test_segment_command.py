@@ -46,12 +46,12 @@ def test_labels_are_those_of_nnunet_to_the_byte(model, scan, zip_of, tmp_path, c
     assert (tmp_path / "out" / "chest.nii.gz").read_bytes() == expected
     assert len(np.unique(read(tmp_path / "stock.nii.gz"))) == 3
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"liver": 1, "spleen": 2}
-    assert sitk.ReadImage(str(tmp_path / "out" / "chest.png")).GetSize()[0] > 900
+    assert sitk.ReadImage(str(tmp_path / "out" / "chest_overlay.png")).GetSize()[0] > 900
     liver = (read(tmp_path / "stock.nii.gz") == 1).sum() * 1.9 * 1.9 * 4 / 1000
     assert f"chest: liver {liver:.4g} ml, spleen " in capsys.readouterr().out
     segment(file, zip_of(model, tmp_path / "m.zip"), tmp_path / "zipped", "--no-picture")
     assert (tmp_path / "zipped" / "chest.nii.gz").read_bytes() == expected
-    assert not (tmp_path / "zipped" / "chest.png").exists()
+    assert not (tmp_path / "zipped" / "chest_overlay.png").exists()
 
 
 OBLIQUE = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0)
@@ -186,6 +186,7 @@ def test_a_folder_goes_on_where_it_was_stopped(model, scan, tmp_path, capsys):
     out = tmp_path / "out"
     assert segment(tmp_path / "scans", model, out, "--no-picture") == 0
     (out / "c1.nii.gz").unlink()
+    (out / "c1_overlay.png").write_bytes(b"")  # of a run that was killed before the labels
     kept = (out / "c0.nii.gz").stat().st_mtime_ns
     capsys.readouterr()
     assert segment(tmp_path / "scans", model, out, "--no-picture") == 0
@@ -207,6 +208,7 @@ def test_a_scan_that_fails_does_not_stop_the_others(ending, model, scan, tmp_pat
     assert names == ["c0.nii.gz", "c2.nii.gz", "labels.json"]
     (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("meddinov3:")]
     assert "c1" in line
+    assert "--continue_prediction" not in line  # of another command
 
 
 def test_several_channels_are_found_by_one_of_them(scan, tmp_path):
@@ -224,8 +226,9 @@ def test_pictures_become_pictures(tmp_path, make_ct):
     grey = np.clip(make_ct(1, 48)[0] // 8 + 128, 0, 255).astype(np.uint8)
     sitk.WriteImage(sitk.GetImageFromArray(grey), str(tmp_path / "a.png"))
     stock(model, [tmp_path / "a.png"], tmp_path / "stock")
-    assert segment(tmp_path / "a.png", model, tmp_path / "out", "--no-picture") == 0
+    assert segment(tmp_path / "a.png", model, tmp_path / "out") == 0
     np.testing.assert_array_equal(read(tmp_path / "out" / "a.png"), read(tmp_path / "stock.png"))
+    assert (tmp_path / "out" / "a_overlay.png").is_file()
 
 
 def test_mr_for_a_model_of_ct_is_told(tmp_path, model, make_ct, write_series, capsys):
