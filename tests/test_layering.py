@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "report": SHARED | {"evaluation", "models"},
-    "segment": SHARED | {"curate", "evaluation", "models", "prediction"},
+    "segment": SHARED | {"curate", "evaluation", "models", "prediction", "readiness"},
     "datasets": SHARED,
     "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},
     "demo": SHARED | {"evaluation", "planning"},
@@ -262,7 +262,7 @@ def test_what_every_interpreter_loads_at_start_imports_next_to_nothing():
 LIGHT = [
     *("__init__", "__main__", "cli", "discovery", "errors", "settings", "files", "progress"),
     *("signals", "raw_dataset", "locks", "demo.commands", "demo.data"),
-    *("store.sharing", "store.layout", "segment.model_source"),
+    *("store.sharing", "store.layout", "segment.model_source", "readiness"),
     *(
         verb.target.split(":")[0].removeprefix(f"{OURS}.")
         for verb in cli.VERBS.values()

@@ -90,12 +90,16 @@ def named(sources: Sequence[VolumeSource]) -> list[tuple[str, VolumeSource]]:
     names: dict[str, VolumeSource] = {}
     for source in sources:
         first = PurePosixPath(source.key.split("#")[0])
-        stem = first.name.removesuffix(ending_of(first.name) or "")
-        name = re.sub(r"[^\w.-]+", "_", stem) or "scan"
+        name = plain_name(first.name.removesuffix(ending_of(first.name) or ""))
         while name in names:
             name += "_"
         names[name] = source
     return list(names.items())
+
+
+def plain_name(stem: str) -> str:
+    """Return what files can be called after a scan's name."""
+    return re.sub(r"[^\w.-]+", "_", stem) or "scan"
 
 
 class _Finder:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from nnunetv2_meddinov3.errors import UserError, first_line
 from nnunetv2_meddinov3.evaluation.dice import DiceTable
 from nnunetv2_meddinov3.raw_dataset import RawDataset, find_raw_dataset, read_dataset_json
 
-# By how far the training was; the last one that exists has all epochs.
-_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+FINAL = "checkpoint_final.pth"
+# By how far the training was: the first one that exists has all epochs.
+_CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
 _LOGGED = re.compile(r"[\d-]{10} [\d:.]+: (.*\S)")
 # Sentences of our trainers that say what was trained, and of a training that went wrong.
 _STARTS = re.compile(r"The (?P<part>.+?) starts from (?P<source>.+)\.")
@@ -139,7 +140,11 @@ def read_model(folder: Path, raw: Path | None = None) -> Model:
             f"{first_line(error)}: restore it from the training."
         ) from error
     dataset = read_dataset_json(folder / "dataset.json")
-    places = _Places(dataset, raw_dataset_folder(name) if raw is None else raw, name)
+    raw = raw or raw_dataset_folder(name)
+    images = None if raw is None else find_raw_dataset(raw)
+    if images is not None:  # the labels of the model, the files of the raw dataset
+        dataset = replace(dataset, folder=images.folder, entries=images.entries)
+    places = _Places(dataset, name, images is not None)
     trainer, _, rest = folder.resolve().name.partition("__")
     configuration = rest.rpartition("__")[2]
     folds = []
@@ -148,7 +153,7 @@ def read_model(folder: Path, raw: Path | None = None) -> Model:
         trainer = str(facts.get("trainer_name", trainer))
         configuration = str(_arguments(facts).get("configuration", configuration))
         folds.append(fold)
-    return Model(folder, trainer, configuration, plans, places.with_images(), folds)
+    return Model(folder, trainer, configuration, plans, dataset, folds)
 
 
 def _models_in(folder: Path) -> str:
@@ -169,16 +174,8 @@ class _Places:
     """Where images and references may be."""
 
     dataset: RawDataset
-    raw: Path | None
     name: str
-
-    def with_images(self) -> RawDataset:
-        """The labels of the model's dataset.json, and the images of the raw dataset."""
-        raw = None if self.raw is None else find_raw_dataset(self.raw)
-        if raw is None:
-            return self.dataset
-        facts = {**vars(self.dataset), "folder": raw.folder, "entries": raw.entries}
-        return RawDataset(**facts)
+    has_raw: bool
 
     def reference(self, case: str, stated: str) -> Path | None:
         """The label map that a case was compared with, None where none of its places has it."""
@@ -186,8 +183,8 @@ class _Places:
         places = [Path(stated)] if stated else []
         if base:
             places.append(Path(base, self.name, "gt_segmentations", f"{case}{self.dataset.ending}"))
-        if self.raw is not None:
-            places.append(self.with_images().label(case))
+        if self.has_raw:
+            places.append(self.dataset.label(case))
         return next((place for place in places if place.is_file()), None)
 
 

@@ -21,12 +21,11 @@ from nnunetv2_meddinov3.evaluation.dice import (
 from nnunetv2_meddinov3.evaluation.error_map import error_maps
 from nnunetv2_meddinov3.evaluation.figures import case_plot
 from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
-from nnunetv2_meddinov3.report.model_folder import Fold, Model
+from nnunetv2_meddinov3.report.model_folder import FINAL, Fold, Model
 
 DRAWN = 3  # cases, the worst and as many of the best
 _MANY_LABELS = 8  # more curves than these cannot be told apart
 PAGE = "report.html"
-_FINAL = "checkpoint_final.pth"
 
 _PANELS: Panels = {
     "loss": {"train_loss": "training", "val_loss": "validation patches"},
@@ -249,11 +248,10 @@ def _times(sides: Sequence[float]) -> str:
 
 def commands(model: Model) -> str:
     """Return the lines that predict with a model, export it, and import it elsewhere."""
-    # as --val takes them, those that have begun but are not finished are of no use yet
     usable = [fold for fold in model.folds if fold.checkpoint]
     if not usable:
         return "# no fold has a checkpoint yet"
-    finished = [fold for fold in usable if fold.checkpoint == _FINAL]
+    finished = [fold for fold in usable if fold.checkpoint == FINAL]
     folds = " ".join(fold.option for fold in finished or usable)
     checkpoint = "" if finished else f" -chk {usable[0].checkpoint}"
     parts = model.folder.resolve().name.split("__")

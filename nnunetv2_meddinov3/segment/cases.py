@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_meddinov3.curate.discover import find_sources, named
+from nnunetv2_meddinov3.curate.discover import find_sources, named, plain_name
 from nnunetv2_meddinov3.curate.readers import read
 from nnunetv2_meddinov3.curate.readers.images import PICTURES
 from nnunetv2_meddinov3.curate.volume import Grid, Image, Unreadable, VolumeSource
@@ -67,7 +66,7 @@ def find_cases(path: Path, dataset: RawDataset) -> list[Case]:
             f"CASE_0001{ending} and so on, or CASE_0000{ending} in it."
         )
     if path.is_file() and path.name.endswith(ending):
-        return [Case(_stem(path, ending), (path,))]
+        return [Case(plain_name(path.name.removesuffix(ending)), (path,))]
     sources, refused = find_sources([path])
     if not sources:
         why = "".join(f"; {key}: {reason}" for key, reason in refused[:3])
@@ -81,10 +80,6 @@ def find_cases(path: Path, dataset: RawDataset) -> list[Case]:
         else Case(name, source=source)
         for name, source in named(sources)
     ]
-
-
-def _stem(path: Path, ending: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", path.name.removesuffix(ending)) or "scan"
 
 
 def _with_all_channels(folder: Path, dataset: RawDataset, only: str | None = None) -> list[Case]:

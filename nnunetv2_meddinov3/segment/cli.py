@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.readiness import check_device
 from nnunetv2_meddinov3.segment.model_source import add_model_options, opened_model
 
 _DESCRIPTION = """\
@@ -70,19 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _device(name: str) -> str:
-    if name == "cpu":
+    if name != "auto":
+        check_device(name)
         return name
     import torch  # seconds
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    backend = torch.backends.mps if name == "mps" else torch.cuda
-    if not backend.is_available():
-        raise UserError(
-            f"-device {name} needs such a device, but torch {torch.__version__} sees none: leave "
-            "it out."
-        )
-    return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,11 +50,6 @@ class TrainedModel:
         """Content of plans.json."""
         return read_json(self.folder / "plans.json")
 
-    @property
-    def dataset_json(self) -> dict[str, Any]:
-        """Content of dataset.json."""
-        return read_json(self.folder / "dataset.json")
-
 
 @contextlib.contextmanager
 def opened_model(

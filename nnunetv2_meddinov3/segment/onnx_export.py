@@ -7,7 +7,6 @@ import contextlib
 import copy
 import io
 import json
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_meddinov3 import __version__
 from nnunetv2_meddinov3.errors import UserError, first_line
-from nnunetv2_meddinov3.files import check_writable, unwritable
+from nnunetv2_meddinov3.files import check_writable, part_beside, unwritable
 from nnunetv2_meddinov3.segment.model_source import TrainedModel, add_model_options, opened_model
 
 if TYPE_CHECKING:
@@ -108,8 +107,9 @@ def export(predictor: Any, model: TrainedModel, path: Path) -> str:
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx_") as place:
-            part = Path(place) / path.name
+        with part_beside(path) as place:
+            place.mkdir()
+            part = place / path.name
             exported.model.metadata_props[METADATA] = json.dumps(facts)
             exported.save(str(part))
             worst = _compare(part, network, [images(*shape) for shape in tried])

@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from nnunetv2_meddinov3.curate.readers.images import PICTURES
 from nnunetv2_meddinov3.curate.volume import Image
 from nnunetv2_meddinov3.errors import UserError, first_line
-from nnunetv2_meddinov3.files import replacing, write_text
+from nnunetv2_meddinov3.files import part_beside, replacing, unwritable, write_text
 from nnunetv2_meddinov3.raw_dataset import RawDataset, read_dataset_json
 from nnunetv2_meddinov3.segment.cases import (
     Case,
@@ -236,17 +236,19 @@ def _segment(
 
 def _deliver(image: sitk.Image, target: Path, original: Image | None) -> None:
     """Write what lies on a scan's voxels as NIfTI, with the scan's own geometry."""
-    with replacing(target) as part:
-        part.mkdir()  # a folder, as the ending tells writers the format
-        inside = part / target.name
-        if original is None:
-            sitk.WriteImage(image, str(inside))
-        else:
-            assert original.grid is not None
-            write_nifti(inside, sitk.GetArrayFromImage(image), original.grid)
-        inside.replace(part.with_name(part.name + "_"))
-        part.rmdir()
-        part.with_name(part.name + "_").replace(part)
+    target = target.resolve()
+    try:
+        with part_beside(target) as part:
+            part.mkdir()  # a folder, as the ending tells writers the format
+            inside = part / target.name
+            if original is None:
+                sitk.WriteImage(image, str(inside))
+            else:
+                assert original.grid is not None
+                write_nifti(inside, sitk.GetArrayFromImage(image), original.grid)
+            inside.replace(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
 
 
 def _volumes(image: sitk.Image, dataset: RawDataset) -> str:

@@ -53,7 +53,7 @@ def climbing(path):
 
 
 def absolute(path):
-    add(path, "/tmp/evil")
+    add(path, "/evil")
 
 
 def of_a_drive(path):
