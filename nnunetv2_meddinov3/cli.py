@@ -55,6 +55,10 @@ VERBS = {
         "adapt a ViT to the slices of a store, in three resumable stages",
         "nnunetv2_meddinov3.pretrain.pretrain_cli:main",
     ),
+    "watch": Verb(
+        "show a pretraining or training while it goes: progress, time left, losses, health",
+        "nnunetv2_meddinov3.watch.cli:main",
+    ),
     "probe": Verb(
         "measure frozen features on labelled slices: k-NN, linear, linear segmentation",
         "nnunetv2_meddinov3.pretrain.probe.probe_cli:main",

@@ -96,6 +96,24 @@ def refuse_locked(folder: Path, *, name: str = LOCK, rule: str | None = None) ->
         raise _held(path, found, rule)
 
 
+def living_holder(folder: Path, *, name: str = LOCK) -> str | None:
+    """Return which living process holds a folder, None where none does.
+
+    Args:
+        folder: May be missing.
+        name: As for ``locked``.
+
+    Returns:
+        Such as ``process 812 on node7 (since 2026-03-01 10:00:00 +0100)``.
+    """
+    path = folder / name
+    try:
+        found = _holder(path)
+    except OSError:
+        return None
+    return None if found is None or _is_gone(path, found) else _named(found)
+
+
 def discard_lost(folder: Path, name: str) -> None:
     """Delete a lock that a process left which is gone.
 

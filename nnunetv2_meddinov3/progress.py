@@ -98,3 +98,11 @@ class Progress:
         rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
         seconds = round((self.total - self.done) / rate) if rate else 0
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in the unit in which it is a small number, such as ``11 min``."""
+    for unit, length, up_to in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if (value := seconds / length) < up_to:
+            return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "report": SHARED | {"evaluation", "models"},
+    "watch": SHARED | {"pretrain", "report"},
     "segment": SHARED | {"curate", "evaluation", "models", "prediction", "readiness"},
     "datasets": SHARED,
     "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},
@@ -79,7 +80,7 @@ BY_NAME = {
     "cli.py": (
         {f"{OURS}.{name}" for name in ("planning_cli", "demo", "doctor", "curate", "store")}
         | {f"{OURS}.prediction", f"{OURS}.bench", f"{OURS}.features", f"{OURS}.report"}
-        | {f"{OURS}.segment"}
+        | {f"{OURS}.segment", f"{OURS}.watch"}
         | {
             f"{OURS}.{name}"
             for name in ("pretrain", "models", "cli", "evaluation", "datasets", "benchmark")

@@ -15,24 +15,24 @@ import torch
 from nnunetv2_meddinov3.models.architecture import Architecture
 from nnunetv2_meddinov3.pretrain.config import (
     GLOBAL_CROPS,
-    Resolution,
     StageConfig,
     effective_lr_factor,
 )
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
 from nnunetv2_meddinov3.pretrain.loader import open_store, said_of_slices
 from nnunetv2_meddinov3.pretrain.memory import (
-    SHOWN_BY_IBOT,
     Measured,
     backbone_parameters,
     head_parameters,
     memory_gb,
     widest,
 )
+from nnunetv2_meddinov3.pretrain.operations import mean_flops, step_flops
 from nnunetv2_meddinov3.pretrain.stated import of_random_weights
 from nnunetv2_meddinov3.pretrain.train import Stage
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch, join
 from nnunetv2_meddinov3.processes import forget_peak, installed_gb, peak_gb
+from nnunetv2_meddinov3.progress import in_words
 from nnunetv2_meddinov3.signals import Stop
 
 _GROUP_ON_CPU = 2  # images: the fewest that losses can be computed of
@@ -55,65 +55,6 @@ class Step:
     images: int
     architecture: Architecture
     measured: Measured | None
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Operations for one image in one step, two for each multiplication with its addition.
-
-    Attributes:
-        teacher: Forward of the global crops.
-        student: Forward and backward (twice the forward) of all crops.
-        heads: Of both.
-        gram: Forward of the Gram teacher.
-    """
-
-    teacher: float
-    student: float
-    heads: float
-    gram: float
-
-    @property
-    def total(self) -> float:
-        """Of a whole step, for one image, without drop path and recomputation."""
-        return self.teacher + self.student + self.heads + self.gram
-
-
-def forward_flops(a: Architecture, size: int) -> float:
-    """Return the operations of one forward pass of one square crop.
-
-    Args:
-        a: Of the backbone.
-        size: Side in pixels.
-    """
-    patches = (size // a.patch_size) ** 2
-    tokens = patches + 1 + a.num_registers
-    stem = patches * a.embed_dim * a.input_channels * a.patch_size**2
-    products = 2 if a.ffn == "mlp" else 3
-    block = (
-        4 * tokens * a.embed_dim**2
-        + 2 * tokens**2 * a.embed_dim
-        + products * tokens * a.embed_dim * a.ffn_hidden
-    )
-    return 2.0 * (stem + a.depth * block)
-
-
-def step_flops(config: StageConfig, a: Architecture, resolution: Resolution) -> Flops:
-    """Return the operations of one step for one image (checked against torch's counter)."""
-    crops = config.crops
-    of_global = GLOBAL_CROPS * forward_flops(a, resolution.global_size)
-    of_local = crops.local_crops * forward_flops(a, resolution.local_size)
-    patches = (resolution.global_size // a.patch_size) ** 2
-    masked = SHOWN_BY_IBOT * patches
-    dino, ibot = (
-        2.0 * head_parameters(a.embed_dim, h) for h in (config.heads.dino, config.heads.ibot)
-    )
-    teacher_heads = GLOBAL_CROPS * dino + masked * ibot
-    student_heads = (GLOBAL_CROPS + crops.local_crops) * dino + masked * ibot
-    gram = 0.0
-    if resolution.gram_size and config.losses.gram.weight and config.losses.gram.teacher != "ema":
-        gram = GLOBAL_CROPS * forward_flops(a, resolution.gram_size)
-    return Flops(of_global, 3 * (of_global + of_local), teacher_heads + 3 * student_heads, gram)
 
 
 def describe(
@@ -198,7 +139,8 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
             step = _make_a_step(config, runtime)
             gc.collect()  # its networks
             whole = step.seconds * config.optim.batch_size / step.images
-            whole *= _share_of_largest(config, step.architecture)
+            a = step.architecture  # the step was of the largest crops
+            whole *= mean_flops(config, a) / step_flops(config, a, widest(config, a)).total
             time_of_all = in_words(whole * config.optim.steps)
             if runtime.is_main:
                 said = said_of_slices(config, *open_store(config))
@@ -210,24 +152,6 @@ def dry_run(stages: tuple[StageConfig, ...], stream: TextIO) -> None:
                     f"{time_of_all} for {config.optim.steps} steps of {config.optim.batch_size}\n\n"
                 )
                 stream.flush()
-
-
-def _share_of_largest(config: StageConfig, a: Architecture) -> float:
-    """Return the operations of a step on average over the resolutions, over the largest's."""
-    each = [
-        (resolution.probability, step_flops(config, a, resolution).total)
-        for resolution in config.crops.resolutions
-    ]
-    mean = sum(p * flops for p, flops in each) / sum(p for p, _ in each)
-    return mean / step_flops(config, a, widest(config, a)).total
-
-
-def in_words(seconds: float) -> str:
-    """Return a duration in the unit in which it is a small number, such as ``11 min``."""
-    for unit, length, up_to in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
-        if (value := seconds / length) < up_to:
-            return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    return f"{seconds / 86400:.1f} days"
 
 
 def _make_a_step(config: StageConfig, runtime: Runtime) -> Step:

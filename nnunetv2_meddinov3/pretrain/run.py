@@ -18,7 +18,13 @@ from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml
 from nnunetv2_meddinov3.pretrain.distributed import Runtime, started
 from nnunetv2_meddinov3.pretrain.loader import open_store, said_of_slices
 from nnunetv2_meddinov3.pretrain.provenance import write_provenance
-from nnunetv2_meddinov3.pretrain.run_folder import EXPORT, INTERRUPTED, REPORT, stage_folder
+from nnunetv2_meddinov3.pretrain.run_folder import (
+    EXPORT,
+    INTERRUPTED,
+    REPORT,
+    stage_folder,
+)
+from nnunetv2_meddinov3.pretrain.stage_plan import note_stages
 from nnunetv2_meddinov3.pretrain.stages import is_finished
 from nnunetv2_meddinov3.pretrain.stated import check_stated
 from nnunetv2_meddinov3.pretrain.train import Stage
@@ -66,6 +72,7 @@ def run(
             _check_later(stages[stages.index(config) + 1 :], stage)
             if runtime.is_main:
                 write_provenance(folder, to_yaml(stage.config), stage.provenance())
+                note_stages(out, stages, stage.start.architecture)
             if not stage.run(stop):
                 if runtime.is_main:
                     (out / INTERRUPTED).touch()

@@ -11,10 +11,13 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 PROVENANCE = "run.json"
 BAD_STEPS = "bad_steps"
+METRICS = "metrics.jsonl"
 HEALTH = "health.jsonl"
 PROBE = "probe.jsonl"
 REPORT = "report.html"
-# in the folder of a run that was stopped after a checkpoint and should be started again
+# in the folder of a run: its stages, also those that have not begun
+STAGES = "stages.json"
+# that it was stopped after a checkpoint and should be started again
 INTERRUPTED = "interrupted"
 
 

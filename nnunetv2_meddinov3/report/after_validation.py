@@ -21,8 +21,8 @@ def write_after_validation(trainer: Any) -> None:
         return
     folder = Path(trainer.output_folder_base)
     try:
-        from nnunetv2_meddinov3.report.model_folder import read_model
-        from nnunetv2_meddinov3.report.model_page import PAGE, write_model_page
+        from nnunetv2_meddinov3.report.model_folder import PAGE, read_model
+        from nnunetv2_meddinov3.report.model_page import write_model_page
 
         page = write_model_page(folder / PAGE, read_model(folder))
         trainer.print_to_log_file(f"Report: {page}")

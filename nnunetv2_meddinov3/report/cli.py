@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     # Imported here because `--help` need not wait for them.
     from nnunetv2_meddinov3.files import check_writable
     from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
-    from nnunetv2_meddinov3.report.model_folder import read_model
-    from nnunetv2_meddinov3.report.model_page import PAGE, summary, write_model_page
+    from nnunetv2_meddinov3.report.model_folder import PAGE, read_model
+    from nnunetv2_meddinov3.report.model_page import summary, write_model_page
 
     if arguments.raw is not None:
         open_raw_dataset(arguments.raw)

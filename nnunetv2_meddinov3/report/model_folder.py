@@ -20,6 +20,7 @@ from nnunetv2_meddinov3.evaluation.dice import DiceTable
 from nnunetv2_meddinov3.raw_dataset import RawDataset, find_raw_dataset, read_dataset_json
 
 FINAL = "checkpoint_final.pth"
+PAGE = "report.html"
 # By how far the training was: the first one that exists has all epochs.
 _CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
 _LOGGED = re.compile(r"[\d-]{10} [\d:.]+: (.*\S)")
@@ -193,7 +194,7 @@ def _read_fold(folder: Path, places: _Places) -> tuple[Fold, dict[str, Any]]:
     name, facts, unread = _newest_checkpoint(folder)
     names = list(places.dataset.labels)
     groups = (facts.get("optimizer_state") or {}).get("param_groups") or [{}]
-    started, licence, remarks = _read_logs(folder)
+    started, licence, remarks = read_logs(folder)
     remarks += unread
     dice, files = _read_validation(folder, places)
     fold = Fold(
@@ -280,12 +281,12 @@ def epoch_rows(logging: Mapping[str, Any], labels: list[str]) -> list[dict[str, 
     return rows
 
 
-def _read_logs(folder: Path) -> tuple[dict[str, str], str, list[str]]:
+def read_logs(folder: Path) -> tuple[dict[str, str], str, list[str]]:
     """Return what the logs of a fold say of weights, licence and trouble, the last word of each."""
     started: dict[str, str] = {}
     licence = ""
     remarks: dict[str, int] = {}
-    for line in _logged_lines(folder):
+    for line in logged_lines(folder):
         if match := _STARTS.fullmatch(line):
             started[match["part"]], licence = match["source"], ""
         elif match := _LICENCE.fullmatch(line):
@@ -297,7 +298,8 @@ def _read_logs(folder: Path) -> tuple[dict[str, str], str, list[str]]:
     return started, licence, [f"{s} ({n} times)" if n > 1 else s for s, n in remarks.items()]
 
 
-def _logged_lines(folder: Path) -> Iterator[str]:
+def logged_lines(folder: Path) -> Iterator[str]:
+    """Yield what the logs of a fold say, line by line without its time, the oldest log first."""
     for path in sorted(folder.glob("training_log_*.txt")):  # by their time
         with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
             for line in file:

@@ -25,7 +25,6 @@ from nnunetv2_meddinov3.report.model_folder import FINAL, Fold, Model
 
 DRAWN = 3  # cases, the worst and as many of the best
 _MANY_LABELS = 8  # more curves than these cannot be told apart
-PAGE = "report.html"
 
 _PANELS: Panels = {
     "loss": {"train_loss": "training", "val_loss": "validation patches"},

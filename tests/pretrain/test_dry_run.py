@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.models.backbone import Backbone
-from nnunetv2_meddinov3.pretrain import dry_run, memory
+from nnunetv2_meddinov3.pretrain import memory
 from nnunetv2_meddinov3.pretrain.config import Head, Resolution, load_config
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
+from nnunetv2_meddinov3.pretrain.operations import forward_flops, mean_flops, step_flops
 from nnunetv2_meddinov3.pretrain.student import encode, pack_blocks
+from nnunetv2_meddinov3.progress import in_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_a_step_has_the_published_number_of_operations(size, resolution, gigaflops):
     config = load_config(f"{size}_stage1")
-    flops = dry_run.step_flops(config, architecture_of(config.model.size), resolution)
+    flops = step_flops(config, architecture_of(config.model.size), resolution)
     assert flops.total / 1e9 == pytest.approx(gigaflops, rel=5e-3)
 
 
@@ -41,7 +43,7 @@ def test_a_step_has_the_published_number_of_operations(size, resolution, gigaflo
 def test_gram_anchoring_adds_the_gram_teacher(size, gigaflops):
     config = load_config(f"{size}_stage2_gram")
     a = architecture_of(config.model.size)
-    flops = dry_run.step_flops(config, a, config.crops.resolutions[0])
+    flops = step_flops(config, a, config.crops.resolutions[0])
     assert flops.total / 1e9 == pytest.approx(gigaflops, rel=5e-3)
     assert 0.40 < flops.gram / flops.total < 0.44
 
@@ -54,7 +56,7 @@ def test_operations_and_parameters_are_those_torch_counts(size):
     # torch counts the products of attention only where it computes them one by one
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encode(backbone, [torch.zeros(1, 3, 64, 64)])
-    assert counter.get_total_flops() == dry_run.forward_flops(a, 64)
+    assert counter.get_total_flops() == forward_flops(a, 64)
 
 
 def a_head(width, head):
@@ -135,12 +137,13 @@ def test_a_step_is_timed_at_the_largest_crops_and_said_for_all():
     a = architecture_of("vit_base")
     largest = memory.widest(config, a)
     assert (largest.global_size, largest.local_size) == (768, 336)
-    share = dry_run._share_of_largest(config, a)
-    flops = [dry_run.step_flops(config, a, each).total for each in config.crops.resolutions]
+    share = mean_flops(config, a) / step_flops(config, a, largest).total
+    flops = [step_flops(config, a, each).total for each in config.crops.resolutions]
     assert flops[-1] == max(flops)
     mean = sum(f * p for f, p in zip(flops, (0.3, 0.3, 0.3, 0.05, 0.05), strict=True))
     assert share == pytest.approx(mean / max(flops))
-    assert dry_run._share_of_largest(load_config("tiny_stage1"), architecture_of("vit_tiny")) == 1
+    tiny, a = load_config("tiny_stage1"), architecture_of("vit_tiny")  # of one resolution
+    assert mean_flops(tiny, a) == step_flops(tiny, a, tiny.crops.resolutions[0]).total
 
 
 _USE = """
@@ -220,7 +223,7 @@ def test_the_memory_that_is_said_is_about_what_is_used_on_a_cpu(ct_store, words)
     ],
 )
 def test_a_time_is_said_in_a_unit_in_which_it_is_a_small_number(seconds, words):
-    assert dry_run.in_words(seconds) == words
+    assert in_words(seconds) == words
 
 
 def test_recomputing_activations_saves_memory_and_more_images_need_more():

@@ -12,7 +12,12 @@ import torch
 from nnunetv2_meddinov3.cli import main
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.locks import locked
+from nnunetv2_meddinov3.models.architecture import architecture_of
 from nnunetv2_meddinov3.pretrain import distributed
+from nnunetv2_meddinov3.pretrain.config import from_yaml
+from nnunetv2_meddinov3.pretrain.operations import mean_flops
+from nnunetv2_meddinov3.pretrain.stage_plan import PlannedStage, planned_stages
+from nnunetv2_meddinov3.watch.cli import read_run
 
 ROOT = Path(__file__).parents[2]
 needs_fsdp2 = pytest.mark.skipif(
@@ -54,6 +59,23 @@ def test_three_stages_leave_what_they_should(three_stages):
         assert ("loss_gram" in rows[0]) == (n > 1)
     assert (out / "stage1/exports/teacher_step_000002.safetensors").is_file()
     assert not (out / "interrupted").exists()
+
+
+def test_a_run_can_be_watched(three_stages):
+    out, _ = three_stages
+    view = read_run(out)
+    assert [(part.name, part.done, part.total) for part in view.parts] == [
+        (f"stage {n}", 4, 4) for n in (1, 2, 3)
+    ]
+    assert view.is_over
+    assert view.page == out / "stage3/report.html"
+    rows = [json.loads(line) for line in (out / "stage3/metrics.jsonl").read_text().splitlines()]
+    curves = {curve.name: list(curve.values) for curve in view.parts[2].curves}
+    assert curves["Gram loss"] == [row["loss_gram"] for row in rows]
+    config = from_yaml((out / "stage3/config.yaml").read_text())
+    [*_, planned] = planned_stages(out)
+    flops = mean_flops(config, architecture_of("vit_tiny"))
+    assert planned == PlannedStage(3, 4, 8, pytest.approx(flops / 1e9, abs=1e-3))
 
 
 def test_the_gram_teacher_is_retained_by_the_third_stage(three_stages):

@@ -5,6 +5,8 @@ import re
 import pytest
 
 from nnunetv2_meddinov3.report import after_validation, model_page
+from nnunetv2_meddinov3.report.model_folder import read_model
+from nnunetv2_meddinov3.watch.cli import read_run
 
 # conftest.py replaces it, which would draw in every test
 _write = after_validation.write_after_validation
@@ -39,6 +41,13 @@ def test_a_training_ends_with_a_page(
         assert "licence of the weights" in text
         assert "2 of 2 epochs" in text
     assert f"-tr {trainer} -p nnUNetPlans" in text
+    # what is watched is what the checkpoint holds, to the digits of the log
+    part, [of_checkpoint] = read_run(fold).parts[0], read_model(fold).folds
+    curves = {curve.name: list(curve.values) for curve in part.curves}
+    for name, key in (("training loss", "train_loss"), ("validation loss", "val_loss")):
+        logged = [row[key] for row in of_checkpoint.epochs]
+        assert curves[name] == pytest.approx(logged, abs=1e-4)
+    assert (part.state, part.done, part.total) == ("finished", 2, 2)
 
 
 @pytest.mark.slow

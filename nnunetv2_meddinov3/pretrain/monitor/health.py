@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunetv2_meddinov3.pretrain.monitor.words import name_of
+
 _MAX_TOKENS = 1024  # patch tokens that are looked at; more say the same
 _MAX_GRAM_IMAGES = 4  # whose Gram matrices are compared
 
@@ -118,7 +120,8 @@ def verdicts(history: list[dict[str, Any]]) -> list[str]:
     """
     now = history[-1]
     out = [
-        f"{key} is not a number: the run has diverged; go back to a checkpoint and lower optim.lr."
+        f"{name_of(key)} is not a number: the run has diverged; go back to a checkpoint and lower "
+        "optim.lr."
         for key, value in now.items()
         if isinstance(value, float) and math.isnan(value)
     ]

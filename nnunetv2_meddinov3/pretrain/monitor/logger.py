@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.files import append_row, read_rows, unwritable, write_rows, write_text
+from nnunetv2_meddinov3.pretrain.run_folder import METRICS
 
-METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # of the stage's run at Weights & Biases, in the stage's folder
 
 _log = logging.getLogger(__name__)

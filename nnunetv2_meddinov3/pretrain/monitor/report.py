@@ -10,10 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunetv2_meddinov3.curves import Panels, Rows, curves, png
+from nnunetv2_meddinov3.curves import Rows, curves, png
 from nnunetv2_meddinov3.files import read_rows
 from nnunetv2_meddinov3.html import Block, Code, Items, Picture, Section, Table, Text, write_page
-from nnunetv2_meddinov3.pretrain.monitor.logger import METRICS
 from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     WINDOW_HU,
     Moment,
@@ -21,44 +20,19 @@ from nnunetv2_meddinov3.pretrain.monitor.tracker import (
     pca_maps,
     similarity_maps,
 )
+from nnunetv2_meddinov3.pretrain.monitor.words import HEALTH_PANELS, LOSSES, PROBES
 from nnunetv2_meddinov3.pretrain.probe.probing import too_few
-from nnunetv2_meddinov3.pretrain.run_folder import CONFIG, HEALTH, PROBE, PROVENANCE, REPORT
+from nnunetv2_meddinov3.pretrain.run_folder import (
+    CONFIG,
+    HEALTH,
+    METRICS,
+    PROBE,
+    PROVENANCE,
+    REPORT,
+)
 
 _BODY_HU = -300  # a pixel above it shows the body
 
-_WHO = ("student", "teacher")
-_LOSSES: Panels = {
-    "total loss": {"loss_total": "total"},
-    "DINO loss": {"loss_dino_local": "local crops", "loss_dino_global": "global crops"},
-    "iBOT loss": {"loss_ibot": "iBOT"},
-    "KoLeo loss, mean over crops": {"loss_koleo": "KoLeo"},
-    "Gram loss": {"loss_gram": "Gram"},
-    "learning rate": {"lr": "learning rate"},
-    "gradient norm before clipping": {
-        "grad_backbone": "backbone",
-        "grad_dino_head": "DINO head",
-        "grad_ibot_head": "iBOT head",
-    },
-    "images per second": {"images_per_second": "images per second"},
-    "waiting for data, % of the time": {"data_wait_percent": "waiting"},
-}
-_HEALTH: Panels = {
-    "effective rank of cls tokens": {f"cls_rank_{who}": who for who in _WHO},
-    "effective rank of patch tokens": {f"patch_rank_{who}": who for who in _WHO},
-    "mean cosine between cls tokens": {f"cls_similarity_{who}": who for who in _WHO},
-    "entropy of targets / ln K": {
-        "cls_target_entropy_share": "cls tokens",
-        "patch_target_entropy_share": "patch tokens",
-    },
-    "prototypes used, share": {"prototypes_used": "prototypes"},
-    "drift of patch similarities": {"gram_drift": "drift"},
-    "relative change of weights": {"update": "change"},
-}
-_PROBES: Panels = {
-    "k-NN on slices, mAP": {"knn": "k-NN", "blind_knn": "blind guess"},
-    "linear probe on slices, mAP": {"linear": "linear", "blind_linear": "blind guess"},
-    "linear segmentation, Dice": {"dense": "segmentation", "blind_dense": "blind guess"},
-}
 _FACTS = {"world_size": "processes", "git": "code"}
 
 
@@ -78,7 +52,7 @@ def write_report(folder: Path) -> Path:
     facts = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     sections = [
         Section("Health", [_verdicts(health)]),
-        Section("Losses and gradients", [curves(metrics, _LOSSES)]),
+        Section("Losses and gradients", [curves(metrics, LOSSES)]),
         Section(
             "Health metrics",
             [
@@ -87,7 +61,7 @@ def write_report(folder: Path) -> Path:
                     "targets: 1 is uniform, which says nothing. Prototypes used: those that are "
                     "the first choice of some crop."
                 ),
-                curves(health, _HEALTH),
+                curves(health, HEALTH_PANELS),
             ],
         ),
         *_probes(read_rows(folder / PROBE)),
@@ -141,7 +115,7 @@ def _probes(rows: Rows) -> list[Section]:
         values = [
             f"{title} {start[key]:.3f}"
             + (f" (blind guess {start[blind]:.3f})" if start.get(blind) is not None else "")
-            for title, (key, blind) in _PROBES.items()
+            for title, (key, blind) in PROBES.items()
             if start.get(key) is not None
         ]
         blocks.append(Text(f"The weights at the start (step 0): {'; '.join(values)}."))
@@ -150,7 +124,7 @@ def _probes(rows: Rows) -> list[Section]:
     worse = [row["verdict"] for row in rows if row.get("verdict")]
     if worse:
         blocks.append(Text(worse[-1], "wrong"))
-    return [Section("Probes", [*blocks, curves(rows, _PROBES)])]
+    return [Section("Probes", [*blocks, curves(rows, PROBES)])]
 
 
 def _features(moments: list[Moment]) -> list[Section]:

@@ -11,14 +11,9 @@ from PIL import Image
 from nnunetv2_meddinov3.curves import draw_curves
 from nnunetv2_meddinov3.files import write_rows
 from nnunetv2_meddinov3.pretrain.monitor.health import measure, verdicts
-from nnunetv2_meddinov3.pretrain.monitor.report import (
-    _HEALTH,
-    _LOSSES,
-    _PROBES,
-    draw_maps,
-    write_report,
-)
+from nnunetv2_meddinov3.pretrain.monitor.report import draw_maps, write_report
 from nnunetv2_meddinov3.pretrain.monitor.tracker import Moment, save_moment
+from nnunetv2_meddinov3.pretrain.monitor.words import HEALTH_PANELS, LOSSES, PROBES
 
 
 class Page(HTMLParser):
@@ -228,7 +223,7 @@ def test_a_run_that_has_hardly_begun_has_a_report(tmp_path):
     assert page.pictures == []
 
 
-@pytest.mark.parametrize("panels", [_LOSSES, _HEALTH, _PROBES])
+@pytest.mark.parametrize("panels", [LOSSES, HEALTH_PANELS, PROBES])
 def test_curves_are_labelled_in_words(panels):
     keys = [key for series in panels.values() for key in series]
     rows = [{"step": step, **dict.fromkeys(keys, float(step))} for step in (1, 2)]

@@ -1,0 +1,1 @@
+"""Runs while they go: pretraining and fine-tuning in a terminal, from the files they write."""
