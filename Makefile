@@ -11,7 +11,7 @@ PARALLEL := --numprocesses auto --maxprocesses 2 --dist loadfile
 # Without a bytecode cache every process of nnU-Net compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest bench lint clean
+.PHONY: demo test test-oldest bench lint dist clean
 demo: $(READY)
 	$(VENV)/bin/meddinov3 demo
 
@@ -39,6 +39,12 @@ lint: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+dist: $(READY) # the wheel is made from the sdist
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
+	$(VENV)/bin/python build_backend/check_dist.py dist
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -15,6 +15,14 @@ from nnunetv2_meddinov3.evaluation.dice import dice_per_label, mean_dice
 from nnunetv2_meddinov3.raw_dataset import open_raw_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
+EXECUTE = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], as_version=4)
+NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+nbformat.write(notebook, sys.argv[2])
+"""
 SMALL = {"shape": (8, 64, 64), "spacing_mm": (16.0, 6.0, 6.0)}
 
 
@@ -168,12 +176,41 @@ def test_a_wrong_variable_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_the_demo_learns_organs_and_leaves_a_report(tmp_path, environment):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def learnt(environment, tmp_path_factory):
+    """A whole demo: its folder, and what it wrote to the terminal."""
+    out = tmp_path_factory.mktemp("learnt") / "demo"
     arguments = ["--out", out, "--size", 64, "--epochs", 5, "--device", "cpu"]
     done = demo(environment, *arguments, MEDDINOV3_ITERATIONS="40")
     assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.mark.slow
+def test_the_notebook_goes_from_a_volume_to_features_and_labels(learnt, environment):
+    out, _ = learnt
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    variables = {**environment, "PATH": scripts, "MEDDINOV3_EXAMPLE": str(out.parent)}
+    executed = out.parent / "executed.ipynb"
+    places = [ROOT / "docs/example.ipynb", executed]
+    command = [sys.executable, "-c", EXECUTE, *map(str, places)]
+    subprocess.run(command, env=variables, cwd=out.parent, check=True, timeout=540)
+    written = {path.name for path in (out.parent / "segmented").iterdir()}
+    case = "phantom_012"
+    assert {f"{case}.nii.gz", f"{case}_overlay.png", f"{case}_uncertainty.nii.gz"} <= written
+    assert min(sitk.ReadImage(str(out.parent / "example.png")).GetSize()) > 500
+    labels = [out.parent / "segmented" / f"{case}.nii.gz", out / "predictions" / f"{case}.nii.gz"]
+    ours, stock = (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in labels)
+    assert (ours == stock).all()
+    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in data for data in shown) == 3
+    assert (out.parent / "scores" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_learns_organs_and_leaves_a_report(learnt):
+    out, done = learnt
     for command in ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict"):
         assert f"  $ {command} " in done.stdout
     assert "trained: 5/5 epochs, loss" in done.stdout
