@@ -71,3 +71,62 @@ def test_a_wheel_made_from_the_sdist_is_the_same(tree, build, wheel, tmp_path):
     made = subprocess.check_output(command, cwd=tree, env=environment, text=True, timeout=120)
     sdist = tmp_path / made.split()[-1]
     assert contents(build(sdist, tmp_path / "wheel")) == contents(wheel)
+
+
+@pytest.fixture
+def checkout(tree, clone, tmp_path):
+    """A repository of its own, of all that is here."""
+    folder = clone(tree, tmp_path / "checkout")
+    for words in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True)
+    return folder
+
+
+def make_dist(folder):
+    command = ["make", "--silent", "dist", "READY=", f"VENV={sys.prefix}"]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_make_dist_builds_what_can_be_handed_on(checkout):
+    done = make_dist(checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"meddinov3 {__version__}: wheel of ")
+    assert done.stdout.count("PASSED") == 2
+    assert sorted(path.suffix for path in (checkout / "dist").iterdir()) == [".gz", ".whl"]
+
+
+def missing_page(checkout):
+    setup = checkout / "setup.cfg"
+    setup.write_text(setup.read_text().replace("    features/*.html\n", ""))
+    return "lacks: nnunetv2_meddinov3/features/similarity.html"
+
+
+def something_that_lies_about(checkout):
+    (checkout / "nnunetv2_meddinov3/pretrain/configs/mine.yaml").touch()  # git does not know it
+    return "should not hold: nnunetv2_meddinov3/pretrain/configs/mine.yaml"
+
+
+def no_keywords(checkout):
+    setup = checkout / "setup.cfg"
+    lines = setup.read_text().splitlines(keepends=True)
+    setup.write_text("".join(line for line in lines if not line.startswith("keywords")))
+    return "does not say: Keywords"
+
+
+def a_package_that_does_not_run(checkout):
+    (checkout / "nnunetv2_meddinov3/cli.py").write_text("import nothing_of_that_name\n")
+    return "must run, but: "
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [missing_page, something_that_lies_about, no_keywords, a_package_that_does_not_run],
+)
+def test_make_dist_refuses_a_build_that_is_wrong(fault, checkout):
+    said = fault(checkout)
+    done = make_dist(checkout)
+    assert done.returncode != 0
+    assert said in done.stderr
