@@ -79,6 +79,7 @@ def _pca(arguments: argparse.Namespace) -> list[Path]:
         arguments.weights,
         arguments.output,
         size=arguments.size,
+        tile=arguments.tile,
         slices=_count(arguments.slices),
         at=arguments.at,
         like_folder=arguments.like,
@@ -99,6 +100,7 @@ def _similarity(arguments: argparse.Namespace) -> list[Path]:
         in_mm=arguments.mm,
         others=arguments.to,
         size=arguments.size,
+        tile=arguments.tile,
         slices=_count(arguments.slices),
         modality=arguments.modality,
         device=arguments.device,
@@ -115,6 +117,7 @@ def _extract(arguments: argparse.Namespace) -> list[Path]:
         arguments.weights,
         arguments.output,
         size=arguments.size,
+        tile=arguments.tile,
         slices=_count(arguments.slices),
         with_patches=not arguments.cls_only,
         batch=arguments.batch,
@@ -151,6 +154,7 @@ def _compare(arguments: argparse.Namespace) -> list[Path]:
         arguments.on,
         arguments.output,
         size=arguments.size,
+        tile=arguments.tile,
         slices=_count(arguments.slices),
         dataset=arguments.dataset,
         modality=arguments.modality,
@@ -344,6 +348,13 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="along a slice's longer side, in which the backbone sees it; more show finer maps and "
         "take longer. Default: 896",
+    )
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="cut larger slices into overlapping tiles of this side, where memory is short; a "
+        "tile's patches see only each other. Default: none",
     )
 
 

@@ -31,6 +31,7 @@ def extract(
     output: Path,
     *,
     size: int = 896,
+    tile: int | None = None,
     slices: int | None = None,
     with_patches: bool = True,
     batch: int | None = None,
@@ -48,6 +49,7 @@ def extract(
         weights: Anything that ``load_backbone`` takes, or the folder of a pretraining stage.
         output: Folder of the results.
         size: Pixels along a slice's longer side, in which the backbone sees it.
+        tile: Side in pixels of the tiles that slices are cut into; None cuts none.
         slices: How many of each scan; None for all.
         with_patches: Whether patch tokens are written beside cls tokens.
         batch: Slices that the backbone sees together; by default 8 on a GPU and 1 on a CPU.
@@ -62,12 +64,14 @@ def extract(
     """
     check_writable(output)
     found = find_scans(paths, modality)
-    extractor = Extractor(weights, size, device)
+    extractor = Extractor(weights, size, device, tile)
     together = batch or (8 if extractor.device.type == "cuda" else 1)
     wanted = {
         "version": _VERSION, "weights": extractor.identity, "size": size,
         "asked": slices, "patches": with_patches, "modality_stated": modality,
     }  # fmt: skip
+    if tile is not None:  # files of before have no such key
+        wanted["tile"] = tile
     left: list[tuple[str, VolumeSource]] = []
     hashes: dict[str, str] = {}
     for name, source in found:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.features.scans import Scan
+from nnunetv2_meddinov3.features.tiles import tiles
+from nnunetv2_meddinov3.models.backbone import Window
 from nnunetv2_meddinov3.models.build import backbone_from
 from nnunetv2_meddinov3.models.contracts import contracts_of
 from nnunetv2_meddinov3.models.precision import has_bf16
@@ -41,23 +43,29 @@ class Extractor:
         weights: Anything that ``load_backbone`` takes, or the folder of a pretraining stage.
         size: Pixels along a slice's longer side, in which the backbone sees it.
         device: ``auto``, ``cpu`` or ``cuda``.
+        tile: Side in pixels of the tiles that a larger slice is cut into; None cuts none. A tile's
+            tokens attend to each other alone, at the positions that they have in the slice.
 
     Raises:
-        UserError: If the weights cannot be read, the size is no multiple of the patch size, or
+        UserError: If the weights cannot be read, size or tile is no multiple of the patch size, or
             there is no such device.
     """
 
-    def __init__(self, weights: str, size: int, device: str = "auto") -> None:
+    def __init__(
+        self, weights: str, size: int, device: str = "auto", tile: int | None = None
+    ) -> None:
         self.device = torch.device(chosen_device(device))
         self.weights = weights
         checkpoint = read_weights(weights)
         self.patch_size = patch = checkpoint.architecture.patch_size
-        if not patch <= size <= MAX_SIDE or size % patch:
-            raise UserError(
-                f"--size must be a multiple of the {patch} pixels of a patch, at most {MAX_SIDE}, "
-                f"got {size}: take {max(patch, min(MAX_SIDE, round(size / patch) * patch))}."
-            )
-        self.size = size
+        for option, pixels in (("--size", size), ("--tile", patch if tile is None else tile)):
+            if not patch <= pixels <= MAX_SIDE or pixels % patch:
+                raise UserError(
+                    f"{option} must be a multiple of the {patch} pixels of a patch, at most "
+                    f"{MAX_SIDE}, got {pixels}: take "
+                    f"{max(patch, min(MAX_SIDE, round(pixels / patch) * patch))}."
+                )
+        self.size, self.tile = size, tile
         self.identity = identity_of(checkpoint)
         self._stated: dict[str, Any] | None = checkpoint.metadata.get("intensity")
         self._told: set[str] = set()
@@ -81,16 +89,58 @@ class Extractor:
 
     @torch.inference_mode()
     def tokens_of(self, scan: Scan, indices: Sequence[int]) -> list[Tokens]:
-        """Return the tokens of some slices, which the backbone sees together."""
-        rows, columns = self.grid_size(scan)
-        images = torch.cat([self.input(scan, index) for index in indices]).to(self.device)
-        images = images.expand(-1, self.backbone.architecture.input_channels, -1, -1)
-        lower = has_bf16(self.device)
-        with torch.autocast("cuda", torch.bfloat16) if lower else nullcontext():
-            found = self.backbone.intermediate_tokens(images, [self.backbone.depth - 1])[0]
-        cls = found.cls.float().cpu().numpy()
-        patches = found.patches.float().unflatten(1, (rows, columns)).cpu().numpy()
+        """Return the tokens of some slices, which the backbone sees together.
+
+        Fewer together where the device is out of memory. In tiles, a cls token is the mean of the
+        tiles', and a patch's token is that of the tile in which it lies deepest.
+
+        Raises:
+            UserError: If the device is out of memory with one slice.
+        """
+        images = torch.cat([self.input(scan, index) for index in indices])
+        try:
+            cls, patches = self._look(images, self.grid_size(scan))
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+            if not _is_out_of_memory(error):
+                raise
+            if len(indices) > 1:
+                half = len(indices) // 2
+                return self.tokens_of(scan, indices[:half]) + self.tokens_of(scan, indices[half:])
+            side = self.tile or self.size
+            less = max(self.patch_size, side // 2 // self.patch_size * self.patch_size)
+            raise UserError(
+                f"a slice of {side} pixels must fit into the memory of {self.device}, but does "
+                f"not: add --tile {less}, or take a smaller --size."
+            ) from error
         return [Tokens(*each) for each in zip(cls, patches, strict=True)]
+
+    def _look(
+        self, images: Float[Tensor, "slice 1 height width"], grid_size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return cls (slice, dim) and patch tokens (slice, row, column, dim) of slices."""
+        most = max(grid_size) if self.tile is None else self.tile // self.patch_size
+        side, layer = self.patch_size, self.backbone.depth - 1
+        dim, channels = self.backbone.embed_dim, self.backbone.architecture.input_channels
+        patches = np.empty((len(images), *grid_size, dim), np.float32)
+        of_tiles = []
+        lower = has_bf16(self.device)
+        for rows, columns in tiles(grid_size, most):
+            height, width = (
+                slice(span.tile.start * side, span.tile.stop * side) for span in (rows, columns)
+            )
+            part = images[:, :, height, width].to(self.device).expand(-1, channels, -1, -1)
+            window = Window(grid_size, rows.tile.start, columns.tile.start)
+            with torch.autocast("cuda", torch.bfloat16) if lower else nullcontext():
+                found = self.backbone.intermediate_tokens(part, [layer], window)[0]
+            of_tiles.append(found.cls.float().cpu().numpy())
+            seen = tuple(span.tile.stop - span.tile.start for span in (rows, columns))
+            own = tuple(
+                slice(span.kept.start - span.tile.start, span.kept.stop - span.tile.start)
+                for span in (rows, columns)
+            )
+            tokens = found.patches.float().unflatten(1, seen)[:, own[0], own[1]]
+            patches[:, rows.kept, columns.kept] = tokens.cpu().numpy()
+        return np.mean(of_tiles, axis=0), patches
 
     def input(self, scan: Scan, index: int) -> Float[Tensor, "1 1 height width"]:
         """Return a slice as the backbone sees it: resized as in pretraining, and normalised."""
@@ -123,6 +173,12 @@ class Extractor:
                 file=sys.stderr,
             )
         return usual
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether a device or the machine has no memory left."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def unit(tokens: Float[np.ndarray, "*any dim"]) -> Float[np.ndarray, "*any dim"]:

@@ -40,6 +40,7 @@ def pca(
     output: Path,
     *,
     size: int = 896,
+    tile: int | None = None,
     slices: int | None = 12,
     at: Sequence[int] = (),
     like_folder: Path | None = None,
@@ -56,6 +57,7 @@ def pca(
         weights: Anything that ``load_backbone`` takes, or the folder of a pretraining stage.
         output: Folder of the results.
         size: Pixels along a slice's longer side, in which the backbone sees it.
+        tile: Side in pixels of the tiles that slices are cut into; None cuts none.
         slices: How many of each scan; None for all.
         at: Numbers of slices instead, counted from the lowest.
         like_folder: Output of an earlier command whose colours are to be kept.
@@ -71,7 +73,7 @@ def pca(
     check_writable(output)
     other = None if like_folder is None else Basis.load(like_folder)
     found = find_scans(paths, modality)
-    extractor = Extractor(weights, size, device)
+    extractor = Extractor(weights, size, device, tile)
     looking = _Looking(extractor, slices, at, each=max(1, _FIT_SLICES // len(found)))
     only = list(open_scans(found, modality)) if len(found) == 1 else None
     for scan in only or open_scans(found, modality):
@@ -85,6 +87,10 @@ def pca(
         written += _write(scan, looking.maps(scan, basis), extractor, output)
     basis.save(output / FILE)
     return [*written, output / FILE]
+
+
+def _tiled(extractor: Extractor) -> str:
+    return "" if extractor.tile is None else f" in tiles of {extractor.tile}"
 
 
 class _Looking:
@@ -105,7 +111,7 @@ class _Looking:
         self._kept: dict[tuple[str, int], _Looked] = {}
         self._tokens: list[np.ndarray] = []
         self._shown: list[np.ndarray] = []
-        self._digest = hashlib.sha256(f"{extractor.size}".encode())
+        self._digest = hashlib.sha256(f"{extractor.size}{_tiled(extractor)}".encode())
 
     def take(self, scan: Scan) -> None:
         """Choose slices of a scan, and look at some of them for the basis."""

@@ -77,13 +77,15 @@ def search(
     found = find_scans([query], modality)
     if len(found) != 1:
         raise UserError(f"QUERY must be one scan, but {query} holds {len(found)}.")
-    sizes = {facts["made_from"]["size"] for _, facts in read}
-    if len(sizes) != 1:
+    made = {(f["made_from"]["size"], f["made_from"].get("tile")) for _, f in read}
+    if len(made) != 1:
+        said = sorted(f"{size} in tiles of {tile}" if tile else str(size) for size, tile in made)
         raise UserError(
-            f"FOLDER must be of one --size, but {folder} has files of {sorted(sizes)}: extract "
-            "the scans again with one."
+            f"FOLDER must be of one --size and --tile, but {folder} has files of "
+            f"{' and '.join(said)}: extract the scans again with one."
         )
-    extractor = Extractor(weights, sizes.pop(), device)
+    ((size, tile),) = made
+    extractor = Extractor(weights, size, device, tile)
     if strange := [p for p, (_, f) in zip(files, read, strict=True) if not _same(f, extractor)]:
         raise UserError(
             f"FOLDER must be made with the weights of the search, but {strange[0]} was made with "

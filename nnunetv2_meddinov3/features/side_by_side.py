@@ -59,6 +59,7 @@ def compare_features(
     output: Path,
     *,
     size: int = 896,
+    tile: int | None = None,
     slices: int | None = 4,
     dataset: Path | None = None,
     modality: str | None = None,
@@ -71,6 +72,7 @@ def compare_features(
         paths: Scans or folders of them.
         output: Page to write.
         size: Pixels along a slice's longer side, in which the backbones see it.
+        tile: Side in pixels of the tiles that slices are cut into; None cuts none.
         slices: How many of each scan; None for all.
         dataset: Labelled raw dataset of nnU-Net on which they are probed too.
         modality: Of scans that do not say theirs.
@@ -95,7 +97,7 @@ def compare_features(
     tokens: dict[str, list[Tokens]] = {}
     patch_size = 0
     for name in weights:
-        extractor = Extractor(name, size, device)
+        extractor = Extractor(name, size, device, tile)
         if patch_size not in (0, extractor.patch_size):
             raise UserError(
                 f"weights of one patch size can be compared, but {name} has patches of "

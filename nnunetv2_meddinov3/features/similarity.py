@@ -51,6 +51,7 @@ def similarity(
     in_mm: bool = False,
     others: Sequence[Path] = (),
     size: int = 896,
+    tile: int | None = None,
     slices: int | None = 12,
     modality: str | None = None,
     device: str = "auto",
@@ -65,6 +66,7 @@ def similarity(
         in_mm: Whether the point is a position in mm, RAS as NIfTI and most viewers have it.
         others: More scans to be compared with the patch.
         size: Pixels along a slice's longer side, in which the backbone sees it.
+        tile: Side in pixels of the tiles that slices are cut into; None cuts none.
         slices: How many of each scan, beside the one with the point; None for all.
         modality: Of scans that do not say theirs.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -85,7 +87,7 @@ def similarity(
     found = find_scans([path, *others], modality)
     key = first[0][1].key
     found.sort(key=lambda each: each[1].key != key)
-    extractor = Extractor(weights, size, device)
+    extractor = Extractor(weights, size, device, tile)
     seen: list[_Seen] = []
     place = (0, 0, 0)
     for scan in open_scans(found, modality):

@@ -29,6 +29,20 @@ class Tokens(NamedTuple):
     patches: Float[Tensor, "batch patch dim"]
 
 
+class Window(NamedTuple):
+    """Where an image lies in a larger one, in patches.
+
+    Attributes:
+        grid_size: Of the larger one.
+        row: The first that the image has.
+        column: The first that the image has.
+    """
+
+    grid_size: tuple[int, int]
+    row: int
+    column: int
+
+
 class _Cast(nn.Module):
     """Round queries or keys to the dtype in which the original rotates them."""
 
@@ -129,13 +143,17 @@ class Backbone(nn.Module):
         return self.architecture.depth
 
     def intermediate_tokens(
-        self, images: Float[Tensor, "batch channel height width"], layers: list[int]
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        layers: list[int],
+        window: Window | None = None,
     ) -> list[Tokens]:
         """Return the tokens after chosen blocks, each after the final norm.
 
         Args:
             images: Height and width are multiples of the patch size.
             layers: Block indices from 0, in depth order and without repetition.
+            window: Of what the images are a part, which their positions are then of.
 
         Raises:
             ValueError: If the layers or the image do not fit this backbone.
@@ -145,7 +163,7 @@ class Backbone(nn.Module):
         patches = self.vit.patch_embed(images)  # (B, h, w, D)
         x = self._with_prefix(patches.flatten(1, 2))
         dtype = ROPE_DTYPES[self.architecture.rope_dtype]
-        embedding = rotary_embedding(self.vit.rope.periods, patches.shape[1:3], dtype)
+        embedding = _rotary_in(window, self.vit.rope.periods, patches.shape[1:3], dtype)
         prefix, tokens = 1 + self.architecture.num_registers, []
         for i, block in enumerate(self.vit.blocks[: layers[-1] + 1]):
             x = self._run_block(block, x, embedding)
@@ -251,3 +269,18 @@ def rotary_embedding(
     angles = 2 * math.pi * coords[..., None] / periods.to(dtype)
     angles = angles.flatten(-2).tile(2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _rotary_in(
+    window: Window | None,
+    periods: Float[Tensor, " period"],
+    grid_size: tuple[int, int],
+    dtype: torch.dtype,
+) -> Float[Tensor, "patch rotary"]:
+    """Return the rotary embedding of an image, or that of its part of a larger one."""
+    if window is None:
+        return rotary_embedding(periods, grid_size, dtype)
+    whole = rotary_embedding(periods, window.grid_size, dtype).unflatten(0, window.grid_size)
+    rows = slice(window.row, window.row + grid_size[0])
+    columns = slice(window.column, window.column + grid_size[1])
+    return whole[rows, columns].flatten(0, 1)

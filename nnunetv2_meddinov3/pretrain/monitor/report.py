@@ -160,8 +160,8 @@ def _words(value: Any) -> str:
         return "unknown"
     if isinstance(value, dict):
         return ", ".join(
-            (k if v else f"not {k}") if isinstance(v, bool) else f"{k} {_words(v)}"
-            for k, v in value.items()
+            (name if v else f"not {name}") if isinstance(v, bool) else f"{name} {_words(v)}"
+            for name, v in ((k.replace("_", " "), v) for k, v in value.items())
         )
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
