@@ -204,3 +204,14 @@ def test_a_click_moves_the_map_in_a_browser(axial):
         assert page.inner_text("#to-said").startswith("ct, slice 0")
         assert not errors
         browser.close()
+
+
+def test_a_click_moves_the_map_in_firefox(axial, firefox):
+    said = "return document.querySelector('#to-said').innerText"
+    firefox.ask("WebDriver:Navigate", url=(axial[0] / "similarity.html").as_uri())
+    assert "row 2, column 5 of ct, slice 2" in firefox.run(said)
+    firefox.press("\ue013")  # the arrow up
+    assert firefox.run(said).startswith("ct, slice 3")
+    box = firefox.run("return document.querySelector('#from').getBoundingClientRect()")
+    firefox.click(box["x"] + box["width"] * 0.95, box["y"] + box["height"] * 0.55)
+    assert "row 3, column 7 of ct, slice 2" in firefox.run(said)
