@@ -90,7 +90,10 @@ def named(sources: Sequence[VolumeSource]) -> list[tuple[str, VolumeSource]]:
     names: dict[str, VolumeSource] = {}
     for source in sources:
         first = PurePosixPath(source.key.split("#")[0])
-        name = plain_name(first.name.removesuffix(ending_of(first.name) or ""))
+        stem = first.name.removesuffix(ending_of(first.name) or "")
+        if first.suffix.casefold() in DICOM_ENDINGS:
+            stem = first.stem
+        name = plain_name(stem)
         while name in names:
             name += "_"
         names[name] = source

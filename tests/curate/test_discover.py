@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2_meddinov3.curate.discover import find_sources
+from nnunetv2_meddinov3.curate.discover import find_sources, named
+from nnunetv2_meddinov3.curate.volume import VolumeSource
 from nnunetv2_meddinov3.errors import UserError
 
 
@@ -294,3 +295,17 @@ def test_a_linked_dataset_has_the_name_of_its_link(tmp_path):
     found, _ = find_sources([tmp_path / "Dataset001_Mine"])
     assert {source.dataset for source in found} == {"Dataset001_Mine"}
     assert keys(found)[0] == "Dataset001_Mine/imagesTr/a_0000.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["a/chest.nii.gz", "b/chest.nrrd"], ["chest", "chest_"]),
+        (["chest.dcm", "IM0001", "x/SCAN.IMA#7"], ["chest", "IM0001", "SCAN"]),
+        (["1.2.840.7", "a/1.2.840.dcm"], ["1.2.840.7", "1.2.840"]),  # series are called by numbers
+        (["a b/c d(1).mha", ".dcm"], ["c_d_1_", ".dcm"]),
+    ],
+)
+def test_scans_are_called_by_their_files_without_the_ending(keys, names):
+    sources = [VolumeSource(key, "file", (f"/{key}",), "", "") for key in keys]
+    assert [name for name, _ in named(sources)] == names

@@ -107,6 +107,48 @@ def test_dicom_becomes_nifti_and_dicom_seg(series, model, scan, tmp_path):
     assert found.PatientID == "P1"
 
 
+@pytest.fixture
+def multi_frame(series, tmp_path):
+    """The series as one file of frames, in another order than the slices."""
+    import highdicom
+
+    files = [pydicom.dcmread(path) for path in series.iterdir()]
+    files.sort(key=lambda dataset: float(dataset.ImagePositionPatient[2]))
+    converted = highdicom.legacy.LegacyConvertedEnhancedCTImage(
+        legacy_datasets=[files[i] for i in (1, 0, 2)],
+        series_instance_uid=highdicom.UID(),
+        series_number=2,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+    )
+    path = tmp_path / "enhanced" / "chest.dcm"
+    path.parent.mkdir()
+    converted.save_as(path)
+    return path
+
+
+def test_a_multi_frame_file_becomes_nifti_and_dicom_seg(multi_frame, model, scan, tmp_path):
+    import highdicom
+
+    stock(model, [scan(tmp_path / "same.nii.gz")], tmp_path / "stock")
+    assert segment(multi_frame, model, tmp_path / "out", "--dicom-seg") == 0
+    labels = read(tmp_path / "out" / "chest.nii.gz")
+    np.testing.assert_array_equal(labels, read(tmp_path / "stock.nii.gz"))
+    source, found = pydicom.dcmread(multi_frame), highdicom.seg.segread(tmp_path / "out/chest.dcm")
+    heights = [
+        float(group.PlanePositionSequence[0].ImagePositionPatient[2])
+        for group in source.PerFrameFunctionalGroupsSequence
+    ]
+    frames = found.get_pixels_by_source_frame(
+        source.SOPInstanceUID,
+        [1 + heights.index(height) for height in sorted(heights)],
+        combine_segments=True,
+        assert_missing_frames_are_empty=True,
+    )
+    np.testing.assert_array_equal(frames, labels)
+    assert len(np.unique(labels)) == 3
+
+
 def test_regions_that_overlap_are_segments_that_overlap(series, tmp_path):
     import highdicom
 
