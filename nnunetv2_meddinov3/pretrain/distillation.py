@@ -17,6 +17,7 @@ from nnunetv2_meddinov3.pretrain.losses import (
     GramLoss,
     IBOTLoss,
     KoLeoLoss,
+    SIGRegLoss,
     sinkhorn_knopp,
 )
 from nnunetv2_meddinov3.pretrain.student import GramTeacher, Outputs, Student
@@ -31,6 +32,8 @@ class LossOptions:
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     koleo_group: int | None = None
+    sigreg_weight: float | None = None  # in place of KoLeo, None: KoLeo
+    sigreg_slices: int = 1024
     ignore_diagonal: bool = True
     student_temp: float = 0.1
     gram: bool = False
@@ -79,6 +82,7 @@ class Distillation(nn.Module):
         self.dino_loss = DINOLoss(options.student_temp)
         self.ibot_loss = IBOTLoss(options.student_temp)
         self.koleo_loss = KoLeoLoss(options.koleo_group)
+        self.sigreg_loss = SIGRegLoss(options.sigreg_slices)
         self.gram_loss = GramLoss()
         self.train()
 
@@ -124,6 +128,7 @@ class Distillation(nn.Module):
         local_weight: float,
         gram_weight: float,
         generator: torch.Generator | None = None,
+        shared_seed: int = 0,
     ) -> tuple[dict[str, Float[Tensor, ""]], dict[str, Tensor]]:
         """Run the student on a micro-batch and compare it with its targets.
 
@@ -134,11 +139,12 @@ class Distillation(nn.Module):
             local_weight: Factor of the local DINO term.
             gram_weight: Factor of the Gram loss; at 0 the Gram teacher is not run.
             generator: On the CPU, for drop path and RoPE augmentation.
+            shared_seed: For what all ranks draw alike, SIGReg's directions.
 
         Returns:
-            Losses ``dino_local``, ``dino_global``, ``koleo`` (mean over crops), ``ibot``, ``gram``
-            (in stages with it) and their weighted sum ``total``; and what is observed: detached
-            tensors of both networks for the figures of health.
+            Losses ``dino_local``, ``dino_global``, ``koleo`` or ``sigreg`` (mean over crops),
+            ``ibot``, ``gram`` (in stages with it) and their weighted sum ``total``; and what is
+            observed: detached tensors of both networks for the figures of health.
         """
         out = run_student(
             batch.global_crops,
@@ -149,7 +155,7 @@ class Distillation(nn.Module):
         )
         anchor = self._anchor(targets, batch) if self.options.gram and gram_weight else None
         with _without_autocast(batch.global_crops):
-            losses = self._compare(out, targets, anchor, batch)
+            losses = self._compare(out, targets, anchor, batch, shared_seed)
             crops, local_crops = len(targets.cls), len(batch.local_crops) // batch.images
             losses["total"] = self._total(losses, crops, local_crops, local_weight, gram_weight)
         observed = {
@@ -163,18 +169,28 @@ class Distillation(nn.Module):
         return losses, observed
 
     def _compare(
-        self, out: Outputs, targets: Targets, anchor: Tensor | None, batch: ViewBatch
+        self,
+        out: Outputs,
+        targets: Targets,
+        anchor: Tensor | None,
+        batch: ViewBatch,
+        shared_seed: int,
     ) -> dict[str, Tensor]:
         def by_crop(logits: Tensor) -> Tensor:
             return logits.unflatten(0, (-1, batch.images))
 
         assert out.dino_local is not None  # every batch has local crops
         ignore_diagonal = self.options.ignore_diagonal
-        koleo = [self.koleo_loss(cls) for cls in out.cls_global.chunk(len(targets.cls))]
+        crops = out.cls_global.chunk(len(targets.cls))
+        if self.options.sigreg_weight is None:
+            spread = {"koleo": torch.stack([self.koleo_loss(cls) for cls in crops]).mean()}
+        else:
+            each = [self.sigreg_loss(cls, shared_seed) for cls in crops]
+            spread = {"sigreg": torch.stack(each).mean()}
         losses = {
             "dino_local": self.dino_loss(by_crop(out.dino_local), targets.cls),
             "dino_global": self.dino_loss(by_crop(out.dino_global), targets.cls, ignore_diagonal),
-            "koleo": torch.stack(koleo).mean(),
+            **spread,
             "ibot": self.ibot_loss(out.ibot, targets.patches, batch.masks, batch.mask_indices),
         }
         if self.options.gram:
@@ -193,7 +209,10 @@ class Distillation(nn.Module):
         local_weight: float,
         gram_weight: float,
     ) -> Tensor:
-        """Sum with the original's weights: DINO terms by their number of pairs, KoLeo per crop."""
+        """Sum with the original's weights: DINO terms by their number of pairs, KoLeo per crop.
+
+        SIGReg, which is not the original's, has its weight once.
+        """
         options = self.options
         global_pairs = crops * (crops - 1) if options.ignore_diagonal else crops * crops
         local_pairs = crops * local_crops
@@ -202,11 +221,11 @@ class Distillation(nn.Module):
             global_pairs / pairs * losses["dino_global"]
             + local_weight * local_pairs / pairs * losses["dino_local"]
         )
-        total = (
-            options.dino_weight * dino
-            + options.koleo_weight * crops * losses["koleo"]
-            + options.ibot_weight * losses["ibot"]
-        )
+        if options.sigreg_weight is None:
+            spread = options.koleo_weight * crops * losses["koleo"]
+        else:
+            spread = options.sigreg_weight * losses["sigreg"]
+        total = options.dino_weight * dino + spread + options.ibot_weight * losses["ibot"]
         return total + gram_weight * losses["gram"] if "gram" in losses else total
 
     @torch.no_grad()

@@ -131,6 +131,8 @@ def _loss_options(config: StageConfig) -> LossOptions:
         ibot_weight=losses.ibot_weight,
         koleo_weight=losses.koleo_weight,
         koleo_group=losses.koleo_group,
+        sigreg_weight=losses.sigreg_weight if losses.regulariser == "sigreg" else None,
+        sigreg_slices=losses.sigreg_slices,
         ignore_diagonal=losses.ignore_diagonal,
         student_temp=losses.student_temp,
         gram=losses.gram.weight is not None,

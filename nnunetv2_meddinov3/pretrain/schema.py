@@ -142,7 +142,12 @@ class Losses(Section):
     local_weight: Schedule = _constant(1)
     ignore_diagonal: bool = True
     ibot_weight: float = 1.0
+    # what keeps the cls tokens of a batch apart: their nearest neighbours far away (KoLeo), or
+    # their projections near a standard normal (SIGReg, in place of KoLeo)
+    regulariser: Literal["koleo", "sigreg"] = "koleo"
     koleo_weight: float = 0.1
+    sigreg_weight: float = 0.05  # FINO (arXiv 2606.05107)
+    sigreg_slices: Count = 1024  # random directions, others at each step; FINO
     # images; neighbours are searched, and masks are drawn, in such groups
     koleo_group: Annotated[int, Field(ge=2)] = 16
     student_temp: Positive = 0.1

@@ -1,11 +1,11 @@
-"""One stage: build, resume, loop, save, export; the loop's step is a function of its arguments."""
+"""One stage: build, resume, loop, save, export."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.pretrain import checkpoints
 from nnunetv2_meddinov3.pretrain.config import StageConfig, to_yaml, with_architecture
-from nnunetv2_meddinov3.pretrain.distillation import Distillation
 from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
 from nnunetv2_meddinov3.pretrain.export import export_backbone, whole_backbone
 from nnunetv2_meddinov3.pretrain.intensity import intensity_of, with_kinds
@@ -22,7 +21,7 @@ from nnunetv2_meddinov3.pretrain.loader import SliceLoader, open_store, slices_t
 from nnunetv2_meddinov3.pretrain.monitor.observer import Observer
 from nnunetv2_meddinov3.pretrain.monitor.tracker import FeatureTracker
 from nnunetv2_meddinov3.pretrain.networks import load_start
-from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
+from nnunetv2_meddinov3.pretrain.optim import build_optimizer
 from nnunetv2_meddinov3.pretrain.probe.callback import ProbeCallback
 from nnunetv2_meddinov3.pretrain.provenance import run_provenance, store_provenance
 from nnunetv2_meddinov3.pretrain.run_folder import (
@@ -33,6 +32,7 @@ from nnunetv2_meddinov3.pretrain.run_folder import (
     export_path,
 )
 from nnunetv2_meddinov3.pretrain.schedules import schedules_of
+from nnunetv2_meddinov3.pretrain.step import train_step
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.signals import Stop
 from nnunetv2_meddinov3.store.reader import SliceStore
@@ -174,6 +174,7 @@ class Stage:
             [self._generator(i) for i in range(len(batches))],
             stop,
             clip_grad=self.config.optim.clip_grad,
+            shared_seed=self._seed(),
             **rates,
         )
         if result.skipped:
@@ -193,9 +194,13 @@ class Stage:
 
     def _generator(self, micro_batch: int) -> torch.Generator:
         """Return what drop path and RoPE augmentation draw from: the step alone decides it."""
-        key = (self.config.optim.seed, self.step, self.runtime.rank, micro_batch)
+        return torch.Generator().manual_seed(self._seed(self.runtime.rank, micro_batch))
+
+    def _seed(self, *more: int) -> int:
+        """Return a seed of this step, and of more numbers."""
+        key = (self.config.optim.seed, self.step, *more)
         seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+        return int(seed >> np.uint64(1))
 
     def _refresh_gram_teacher(self) -> None:
         gram, done = self.config.losses.gram, self.step + 1
@@ -285,116 +290,3 @@ class Stage:
                 tensors, self.start, self.config, path, step=self.step, store=self.store
             )
         self.runtime.barrier()
-
-
-class StepResult(NamedTuple):
-    """The result of a step.
-
-    Attributes:
-        losses: Name -> mean over this rank's micro-batches, on the device.
-        observed: Tensors of the last micro-batch for the figures of health.
-        norms: Part of the student -> norm of its gradient before clipping.
-        skipped: Whether a loss or gradient of some rank was not finite, and nothing was updated.
-        stopped: Whether some rank was told to stop.
-    """
-
-    losses: dict[str, Tensor]
-    observed: dict[str, Tensor]
-    norms: dict[str, Tensor]
-    skipped: bool
-    stopped: bool
-
-
-def train_step(
-    distillation: Distillation,
-    parallel: Parallel,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[ViewBatch],
-    generators: Sequence[torch.Generator],
-    stop: Stop,
-    *,
-    lr: float,
-    last_layer_lr: float,
-    weight_decay: float,
-    momentum: float,
-    teacher_temp: float,
-    local_weight: float,
-    gram_weight: float,
-    clip_grad: float,
-) -> StepResult:
-    """Forward, backward, update of student and teacher.
-
-    Args:
-        distillation: The networks.
-        parallel: How the student is run.
-        optimizer: Of the student.
-        batches: The micro-batches of this rank.
-        generators: One for each, for what the student draws.
-        stop: Signals that came to this process.
-        lr: Learning rate, scaled to the batch; up to ``gram_weight``, all are the values of
-            ``schedules.Schedules`` at this step.
-        last_layer_lr: Learning rate of the last layers of both heads.
-        weight_decay: Weight decay of AdamW.
-        momentum: Momentum of the teacher's moving average.
-        teacher_temp: Temperature of the targets.
-        local_weight: Factor of the local DINO term.
-        gram_weight: Factor of the Gram loss.
-        clip_grad: Largest gradient norm of each part of the student.
-    """
-    set_rates(optimizer, lr=lr, weight_decay=weight_decay, last_layer_lr=last_layer_lr)
-    losses, observed = forward_backward(
-        distillation,
-        parallel,
-        batches,
-        generators,
-        teacher_temp=teacher_temp,
-        local_weight=local_weight,
-        gram_weight=gram_weight,
-    )
-    norms = clip_gradients(distillation.student, clip_grad)
-    finite = torch.isfinite(torch.stack([losses["total"], *norms.values()])).all()
-    # one exchange and one look at the device per step
-    signs = torch.stack([~finite, torch.tensor(stop.number is not None).to(finite.device)])
-    skipped, stopped = parallel.runtime.reduce(signs.int(), "MAX").tolist()
-    if not skipped:
-        optimizer.step()
-        distillation.update_teacher(momentum)
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses, observed, norms, bool(skipped), bool(stopped))
-
-
-def forward_backward(
-    distillation: Distillation,
-    parallel: Parallel,
-    batches: Sequence[ViewBatch],
-    generators: Sequence[torch.Generator],
-    *,
-    teacher_temp: float,
-    local_weight: float,
-    gram_weight: float,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Accumulate the gradients of all micro-batches; arguments as for ``train_step``.
-
-    Returns:
-        The mean of each loss over the micro-batches, and what is observed of the last.
-    """
-    means: dict[str, Tensor] = {}
-    observed: dict[str, Tensor] = {}
-    with parallel.autocast():
-        targets = distillation.targets(batches, teacher_temp)
-    for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
-        with parallel.accumulating(is_last=i == len(batches) - 1):
-            with parallel.autocast():
-                losses, observed = distillation.losses(
-                    parallel.student,
-                    batch,
-                    target,
-                    local_weight=local_weight,
-                    gram_weight=gram_weight,
-                    generator=generators[i],
-                )
-            (losses["total"] / len(batches)).backward()
-        for name, loss in losses.items():
-            share = loss.detach() / len(batches)
-            means[name] = means[name] + share if name in means else share
-    return means, observed

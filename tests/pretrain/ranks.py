@@ -16,15 +16,15 @@ from nnunetv2_meddinov3.pretrain.distributed import Parallel, Runtime
 from nnunetv2_meddinov3.pretrain.export import whole_backbone
 from nnunetv2_meddinov3.pretrain.heads import ProjectionHead
 from nnunetv2_meddinov3.pretrain.optim import build_optimizer, clip_gradients, set_rates
+from nnunetv2_meddinov3.pretrain.step import forward_backward
 from nnunetv2_meddinov3.pretrain.student import Student
-from nnunetv2_meddinov3.pretrain.train import forward_backward
 from nnunetv2_meddinov3.pretrain.views.batch import ViewBatch
 from nnunetv2_meddinov3.pretrain.views.masking import draw_masks
 
 IMAGES, GROUP = 8, 2
 
 
-def networks():
+def networks(regulariser):
     def student(seed):
         torch.manual_seed(seed)
         architecture = Architecture(32, 2, 2, patch_size=8, layer_scale=0.5)
@@ -36,7 +36,8 @@ def networks():
         return student
 
     gram = student(2).backbone
-    options = LossOptions(koleo_group=GROUP, gram=True)
+    sigreg_weight = 0.05 if regulariser == "sigreg" else None
+    options = LossOptions(koleo_group=GROUP, gram=True, sigreg_weight=sigreg_weight)
     return Distillation(student(0), student(1), gram, options)
 
 
@@ -52,12 +53,12 @@ def views():
     return ViewBatch(crops[0], crops[1], masks.flatten(0, 2), crops[2], IMAGES)
 
 
-def run(way, micro_batches, out):
+def run(way, micro_batches, out, regulariser):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
     runtime = Runtime(rank, world, torch.device("cpu"), "fp32", False)
-    distillation = networks()
+    distillation = networks(regulariser)
     parallel = Parallel(distillation, Engine(parallel=way), runtime)
     optimizer = build_optimizer(distillation.student, Optim(), runtime.device)
     set_rates(optimizer, 1e-3, 0.04, 1e-3)
@@ -71,6 +72,7 @@ def run(way, micro_batches, out):
         teacher_temp=0.06,
         local_weight=1.0,
         gram_weight=2.0,
+        shared_seed=3,
     )
     gradients = {
         n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
@@ -101,4 +103,4 @@ def run(way, micro_batches, out):
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -59,6 +59,8 @@ def test_a_size_and_a_stage_make_the_config_that_was_one_file(name):
     assert {key: before.pop(key) for key in REMOVED} == REMOVED
     wanted = {RENAMED.get(key, key): value for key, value in before.items()}
     wanted |= {"data.near_excluded": None, "data.modalities": None}  # left to the run
+    wanted |= {"losses.regulariser": "koleo"}  # as it was
+    wanted |= {"losses.sigreg_weight": 0.05, "losses.sigreg_slices": 1024}  # used with another
     wanted |= {f"intensity.normalised.{key}": value for key, value in NORMALISED.items()}  # new
     assert wanted["augment.window_level"] == [-200, 200]
     wanted |= SHARES

@@ -22,7 +22,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(world_size, way, micro_batches, out):
+def run(world_size, way, micro_batches, out, regulariser="koleo"):
     """Run a step on some processes and return what rank 0 saw."""
     environment = {
         **os.environ,
@@ -32,7 +32,7 @@ def run(world_size, way, micro_batches, out):
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
     }
-    command = [sys.executable, str(SCRIPT), way, str(micro_batches), str(out)]
+    command = [sys.executable, str(SCRIPT), way, str(micro_batches), str(out), regulariser]
     processes = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(world_size)
@@ -63,6 +63,21 @@ def test_ranks_and_micro_batches_change_neither_losses_nor_gradients_nor_weights
 ):
     other = run(world_size, way, micro_batches, tmp_path / "other.pt")
     assert set(other["losses"]) == {"dino_local", "dino_global", "koleo", "ibot", "gram", "total"}
+    compare(other, one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp2", marks=needs_fsdp2)])
+def test_sigreg_counts_the_images_of_all_ranks_together(tmp_path, way):
+    one = run(1, "ddp", 1, tmp_path / "one.pt", "sigreg")
+    other = run(2, way, 1, tmp_path / "other.pt", "sigreg")
+    assert set(other["losses"]) == {"dino_local", "dino_global", "sigreg", "ibot", "gram", "total"}
+    assert one["losses"]["sigreg"] > 1
+    compare(other, one)
+
+
+def compare(other, one_process):
+    """Losses, norms, gradients and weights of a step must be those of one process."""
     for kind in ("losses", "norms"):
         for name, value in one_process[kind].items():
             assert other[kind][name].item() == pytest.approx(value.item(), rel=1e-5), name

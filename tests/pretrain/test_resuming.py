@@ -92,6 +92,26 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_last_bit(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_run_with_sigreg_resumes_to_the_last_bit(small_stage, tmp_path):
+    words = small_stage("optim.steps=4", "losses.regulariser=sigreg", "losses.sigreg_slices=64")
+    whole, broken = (tmp_path / name / "stage1" for name in ("whole", "broken"))
+    assert stage_of(words, whole).run(Stop())
+    first = stage_of(words, broken)
+    assert not first.run(stop_at(first, 2))
+    assert stage_of(words, broken).run(Stop())
+    ours, theirs = (f / "teacher.safetensors" for f in (whole, broken))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert rows(whole) == rows(broken)
+    assert all("loss_koleo" not in row and row["loss_sigreg"] > 0 for row in rows(whole))
+    assert len({row["loss_sigreg"] for row in rows(whole)}) == 4
+    weighted = [row["loss_total"] - 0.05 * row["loss_sigreg"] for row in rows(whole)]
+    parts = [
+        row["loss_ibot"] + (2 * row["loss_dino_global"] + 4 * row["loss_dino_local"]) / 6
+        for row in rows(whole)
+    ]
+    assert weighted == pytest.approx(parts, rel=1e-5)
+
+
 def test_a_checkpoint_holds_what_a_resume_reads_and_what_describes_it(unbroken):
     state = read_state(unbroken / "checkpoints/step_0000006/state.pt")
     resumed = {"model", "optimizer", "step", "gram_refreshes", "bad_in_a_row", "config", "store"}

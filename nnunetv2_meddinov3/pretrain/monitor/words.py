@@ -13,6 +13,7 @@ LOSSES: Panels = {
     "DINO loss": {"loss_dino_local": "local crops", "loss_dino_global": "global crops"},
     "iBOT loss": {"loss_ibot": "iBOT"},
     "KoLeo loss, mean over crops": {"loss_koleo": "KoLeo"},
+    "SIGReg loss, mean over crops": {"loss_sigreg": "SIGReg"},
     "Gram loss": {"loss_gram": "Gram"},
     "learning rate": {"lr": "learning rate"},
     "gradient norm before clipping": {
