@@ -67,7 +67,9 @@ class Extractor:
                 )
         self.size, self.tile = size, tile
         self.identity = identity_of(checkpoint)
-        self._stated: dict[str, Any] | None = checkpoint.metadata.get("intensity")
+        self._stated: dict[str, Any] | None = (
+            checkpoint.metadata.get("intensity") or checkpoint.fine_tuned_on
+        )
         self._told: set[str] = set()
         self.backbone = backbone_from(checkpoint).eval().requires_grad_(False).to(self.device)
 
@@ -156,7 +158,8 @@ class Extractor:
     def contract(self, scan: Scan) -> Contract:
         """Return the weights' intensity contract for a scan's values; say so where they have none.
 
-        Then it is the one by which this package trains; for HU that of MedDINOv3's release.
+        A network that nnU-Net trained on CT sees it as it did there. Without a contract it is the
+        one by which this package trains; for HU that of MedDINOv3's release.
         """
         contracts, unit = contracts_of(self._stated), scan.unit
         if unit in contracts:

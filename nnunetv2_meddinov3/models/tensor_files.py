@@ -47,7 +47,8 @@ class Contents:
         run: What a checkpoint of nnU-Net says of its training: ``trainer`` and, where a trainer of
             ours wrote it, ``architecture`` of the backbone and ``network``, the segmenter's own
             arguments; of the second stage of a cascade also ``image_channels``, the number of its
-            input channels that are images.
+            input channels that are images; of a training on CT alone also ``intensity``, the
+            contract by which nnU-Net normalised it.
     """
 
     tensors: dict[str, Tensor]
@@ -249,17 +250,37 @@ def _read_run(content: Any) -> dict[str, Any]:
         if _is_cascaded(configurations, arguments["configuration"]):
             facts = arguments["dataset_json"]
             run["image_channels"] = len(facts.get("channel_names") or facts["modality"])
+        run["intensity"] = _ct_contract(arguments["plans"], arguments["configuration"])
     return run
+
+
+def _ct_contract(plans: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Return how nnU-Net normalised a single channel of CT; None for any other."""
+    schemes = _inherited(plans["configurations"], name, "normalization_schemes")
+    if list(schemes or ()) != ["CTNormalization"]:
+        return None
+    facts = plans["foreground_intensity_properties_per_channel"]["0"]
+    low, high, mean, std = (
+        float(facts[key]) for key in ("percentile_00_5", "percentile_99_5", "mean", "std")
+    )
+    if not low < high:
+        return None
+    return {"unit": "HU", "clip": [low, high], "mean": mean, "std": max(std, 1e-8)}
+
+
+def _inherited(configurations: dict[str, Any], name: str, key: str) -> Any:
+    """Return what a configuration of nnU-Net's plans says, or the one that it inherits from."""
+    for _ in configurations:
+        configuration = configurations[name]
+        if key in configuration or "inherits_from" not in configuration:
+            return configuration.get(key)
+        name = configuration["inherits_from"]
+    return None
 
 
 def _is_cascaded(configurations: dict[str, Any], name: str) -> bool:
     """Return whether a configuration of nnU-Net's plans gets the labels of an earlier stage too."""
-    for _ in configurations:  # each may inherit from another
-        configuration = configurations[name]
-        if "previous_stage" in configuration or "inherits_from" not in configuration:
-            return configuration.get("previous_stage") is not None
-        name = configuration["inherits_from"]
-    return False
+    return _inherited(configurations, name, "previous_stage") is not None
 
 
 def _refusal(path: Path, where: str, error: Exception) -> str:

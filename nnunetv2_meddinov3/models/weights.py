@@ -50,6 +50,8 @@ class Checkpoint:
         dropped: Keys of the file that were expected and not used.
         metadata: What one of our own files says of itself.
         licence: Under which terms the weights come.
+        fine_tuned_on: The contract by which nnU-Net normalised what a checkpoint of its was trained
+            on, where that is CT alone.
     """
 
     architecture: Architecture
@@ -59,6 +61,7 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     licence: str = "not stated in the file"
+    fine_tuned_on: dict[str, Any] | None = None
 
     def report(self) -> str:
         """Say in a line what was loaded and what was left out."""
@@ -153,7 +156,16 @@ def checkpoint_from(
         tensors[_STEM] = tensors[_STEM][:, :images].contiguous()
         architecture = replace(architecture, input_channels=images)
     layout, licence = _describe(parsed, metadata, run)
-    return Checkpoint(architecture, tensors, where, layout, parsed.dropped, metadata, licence)
+    return Checkpoint(
+        architecture,
+        tensors,
+        where,
+        layout,
+        parsed.dropped,
+        metadata,
+        licence,
+        run.get("intensity"),
+    )
 
 
 def tensors_of(backbone: Backbone) -> dict[str, Tensor]:

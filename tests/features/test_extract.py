@@ -3,11 +3,13 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from nnunetv2_meddinov3.cli import main
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.features.extraction import Extractor
 from nnunetv2_meddinov3.features.scans import find_scans, open_scans
+from nnunetv2_meddinov3.models.weights import read_checkpoint
 
 pytestmark = pytest.mark.slow
 SMALL = ["--size", "128", "--device", "cpu"]
@@ -131,3 +133,37 @@ def test_a_mistake_is_a_sentence(tmp_path, source, weights, more, sentence):
     with pytest.raises(UserError, match=sentence):
         main([*arguments, "-o", str(tmp_path / "o")])
     assert not (tmp_path / "o").exists()
+
+
+def test_a_fine_tuned_network_sees_ct_as_nnunet_showed_it(tmp_path, source, weights, capsys):
+    checkpoint = torch.load(weights, weights_only=True)["teacher"]
+    network = {k: t for k, t in checkpoint.items() if k.startswith("backbone.")}
+    facts = {"percentile_00_5": -160.0, "percentile_99_5": 240.0, "mean": 40.0, "std": 100.0}
+    plans = {
+        "configurations": {
+            "2d": {"normalization_schemes": ["CTNormalization"], "architecture": {}},
+            "2d_128": {
+                "inherits_from": "2d",
+                "architecture": {
+                    "arch_kwargs": {"backbone": read_checkpoint(weights).architecture.to_dict()}
+                },
+            },
+        },
+        "foreground_intensity_properties_per_channel": {"0": facts},
+    }
+    path = tmp_path / "checkpoint_final.pth"
+    arguments = {"plans": plans, "configuration": "2d_128"}
+    content = {"network_weights": network, "trainer_name": "T", "init_args": arguments}
+    torch.save(content, path)
+    extractor = Extractor(str(path), 128, "cpu")
+    (scan,) = open_scans(find_scans([source / "v0.nii.gz"]))
+    seen = extractor.input(scan, 1)
+    assert float(seen.min()) == pytest.approx(-2)
+    assert float(seen.max()) <= 2
+    plain = Extractor(weights, 128, "cpu").input(scan, 1)
+    body = (plain > plain.min() + 1) & (seen > -2) & (seen < 2)
+    values = plain * 178.01663208007812 + 65.1084213256836
+    torch.testing.assert_close(seen[body], (values[body] - 40) / 100, rtol=0, atol=1e-4)
+    said = capsys.readouterr().err
+    assert f"the intensity contract of {weights} states none" in said
+    assert path.name not in said

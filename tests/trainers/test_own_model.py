@@ -64,6 +64,25 @@ def test_a_checkpoint_of_ours_is_read_with_the_architecture_of_its_plans(trained
     backbone = load_backbone(trained)
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, content["network_weights"][f"backbone.{name}"])
+    plans = content["init_args"]["plans"]
+    facts = plans["foreground_intensity_properties_per_channel"]["0"]
+    assert checkpoint.fine_tuned_on == {
+        "unit": "HU",
+        "clip": [facts["percentile_00_5"], facts["percentile_99_5"]],
+        "mean": facts["mean"],
+        "std": facts["std"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schemes", [["ZScoreNormalization"], ["CTNormalization"] * 2, [], None, "CTNormalization"]
+)
+def test_other_normalisations_than_that_of_one_ct_are_no_contract(schemes, content, tmp_path):
+    for configuration in content["init_args"]["plans"]["configurations"].values():
+        configuration["normalization_schemes"] = schemes
+    torch.save(content, tmp_path / "other.pth")
+    assert read_checkpoint(tmp_path / "other.pth").fine_tuned_on is None
 
 
 def test_the_file_of_pretrained_weights_is_found_however_nnunet_calls_its_argument(monkeypatch):
