@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -492,11 +493,17 @@ def test_a_terminal_shows_it_until_ctrl_c_and_ends_with_the_run(run):
 
     def in_a_terminal(act):
         ours, theirs = pty.openpty()
-        with subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, text=True
-        ) as job:
-            os.close(theirs)
-            text, acted, end = b"", False, time.monotonic() + 60
+        job = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            # jobs in the background, and so perhaps these tests, are started with it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        os.close(theirs)
+        text, acted, end = b"", False, time.monotonic() + 120
+        try:
             while time.monotonic() < end:
                 if select.select([ours], [], [], 0.2)[0]:
                     try:
@@ -506,10 +513,13 @@ def test_a_terminal_shows_it_until_ctrl_c_and_ends_with_the_run(run):
                 if not acted and b"10 of 100 steps" in text:
                     act(job)
                     acted = True
-            os.close(ours)
             return job.wait(10), text.decode()
+        finally:
+            job.kill()
+            job.wait()
+            os.close(ours)
 
-    code, text = in_a_terminal(lambda job: job.send_signal(2))
+    code, text = in_a_terminal(lambda job: job.send_signal(signal.SIGINT))
     assert code == 0
     assert "Traceback" not in text
     code, text = in_a_terminal(
