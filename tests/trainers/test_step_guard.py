@@ -217,7 +217,7 @@ def test_gradients_of_infinity_are_skipped_and_the_count_ends_the_run():
 
 
 _TWO_RANKS = """
-import sys, torch
+import os, sys, torch
 from torch import distributed
 from nnunetv2_meddinov3.errors import UserError
 from nnunetv2_meddinov3.step_guard import StepGuard
@@ -244,6 +244,10 @@ for step in range(4):
     skipped.append(guard.skipped)
 print(skipped, said[0], sep="\\n")
 assert all(torch.isfinite(p).all() for p in network.parameters())
+distributed.barrier()
+distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # threads of gloo's can outlive the group and abort the interpreter's own end
 """
 
 
