@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "readiness": SHARED,
     "evaluation": SHARED,
     "report": SHARED | {"evaluation", "models"},
-    "watch": SHARED | {"pretrain", "report"},
+    "watch": SHARED | {"evaluation", "pretrain", "report"},
     "segment": SHARED | {"curate", "evaluation", "models", "prediction", "readiness"},
     "datasets": SHARED,
     "benchmark": SHARED | {"evaluation", "cli", "datasets", "discovery"},

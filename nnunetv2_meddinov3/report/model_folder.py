@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def read_model(folder: Path, raw: Path | None = None) -> Model:
         raise UserError(
             f"a model folder (TRAINER__PLANS__CONFIGURATION in nnUNet_results) must hold "
             f"plans.json, dataset.json and folders fold_*, but {folder} does not"
-            f"{_models_in(folder)}: give the folder of one trained model."
+            f"{models_in(folder)}: give the folder of one trained model."
         )
     plans = _read_json(folder / "plans.json")
     try:
@@ -157,7 +157,7 @@ def read_model(folder: Path, raw: Path | None = None) -> Model:
     return Model(folder, trainer, configuration, plans, dataset, folds)
 
 
-def _models_in(folder: Path) -> str:
+def models_in(folder: Path) -> str:
     """Say which models a folder of a dataset holds."""
     names = sorted(path.parent.name for path in folder.glob("*/plans.json"))
     return f" (it holds {', '.join(names)})" if names else ""
@@ -194,7 +194,7 @@ def _read_fold(folder: Path, places: _Places) -> tuple[Fold, dict[str, Any]]:
     name, facts, unread = _newest_checkpoint(folder)
     names = list(places.dataset.labels)
     groups = (facts.get("optimizer_state") or {}).get("param_groups") or [{}]
-    started, licence, remarks = read_logs(folder)
+    started, licence, remarks = read_logs(logged_lines(folder))
     remarks += unread
     dice, files = _read_validation(folder, places)
     fold = Fold(
@@ -281,12 +281,12 @@ def epoch_rows(logging: Mapping[str, Any], labels: list[str]) -> list[dict[str, 
     return rows
 
 
-def read_logs(folder: Path) -> tuple[dict[str, str], str, list[str]]:
+def read_logs(lines: Iterable[str]) -> tuple[dict[str, str], str, list[str]]:
     """Return what the logs of a fold say of weights, licence and trouble, the last word of each."""
     started: dict[str, str] = {}
     licence = ""
     remarks: dict[str, int] = {}
-    for line in logged_lines(folder):
+    for line in lines:
         if match := _STARTS.fullmatch(line):
             started[match["part"]], licence = match["source"], ""
         elif match := _LICENCE.fullmatch(line):

@@ -22,8 +22,6 @@ folder may be another machine's; nothing but the folder is needed, and the run i
 Ends when the run is finished; Ctrl-C ends only the view. Where the output is no terminal, it writes
 a line whenever something has changed.
 """
-
-
 _COLUMNS = 120  # of a file or a pipe, where nothing says how wide it is
 
 
@@ -69,6 +67,7 @@ def read_run(folder: Path) -> View:
     """
     if not folder.is_dir():
         raise UserError(f"the folder of a run must exist, but there is no folder {folder}.")
+    from nnunetv2_meddinov3.report.model_folder import models_in
     from nnunetv2_meddinov3.watch.folds_view import is_training, view_of_folds
     from nnunetv2_meddinov3.watch.stages_view import is_pretraining, view_of_stages
 
@@ -76,11 +75,10 @@ def read_run(folder: Path) -> View:
         return view_of_stages(folder)
     if is_training(folder):
         return view_of_folds(folder)
-    inside = sorted(path.parent.name for path in folder.glob("*/plans.json"))
-    said = f" (it holds {', '.join(inside)})" if inside else ""
     raise UserError(
         "a run must be the --out of `meddinov3 pretrain` or a folder TRAINER__PLANS__CONFIGURATION "
-        f"with folders fold_*, but {folder} has neither stages nor folds{said}: give one of those, "
+        f"with folders fold_*, but {folder} has neither stages nor folds"
+        f"{models_in(folder)}: give one of those, "
         "or wait until it has begun."
     )
 

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from nnunetv2_meddinov3.errors import UserError
+from nnunetv2_meddinov3.evaluation.dice import mean_of_known
 from nnunetv2_meddinov3.progress import in_words
 from nnunetv2_meddinov3.raw_dataset import read_dataset_json
 from nnunetv2_meddinov3.report.model_folder import PAGE, logged_lines, read_logs
@@ -87,22 +88,23 @@ def _labels(model: Path) -> list[str]:
 def _part(fold: Path, labels: Sequence[str]) -> Part:
     logs = _logs(fold)
     key = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in logs)
-    rows, said = _read(fold, key)
+    rows, said, remarks = _read(fold, key)
     done, total = len(rows), _planned(fold)
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     usual = median(seconds[-_RECENT:]) if seconds else None
     age = age_of(logs[-1])
+    is_silent = is_late(age, usual or _FIRST_EPOCH_S)
     is_trained = "Training done." in said
     is_finished = is_trained and any(_LAST_WORDS.match(line) for line in said)
     left = None if usual is None or total is None else usual * max(0, total - done)
     if is_finished:
         state = "finished"
-    elif is_late(age, usual or _FIRST_EPOCH_S):
+    elif is_silent:
         state = "trained, its validation is silent" if is_trained else "silent"
     else:
         state = "validates" if is_trained else "runs"
-    wrong = [*_remarks(fold, key), *troubles(rows, labels)]
-    if not is_trained and is_late(age, usual or _FIRST_EPOCH_S):
+    wrong = [*remarks, *troubles(rows, labels)]
+    if not is_trained and is_silent:
         wrong.append(
             f"nothing was logged for {in_words(age or 0.0)}"
             f"{'' if usual is None else f', though an epoch takes {in_words(usual)}'}: the "
@@ -128,14 +130,11 @@ def _part(fold: Path, labels: Sequence[str]) -> Part:
 @functools.lru_cache(maxsize=32)
 def _read(
     fold: Path, key: tuple[tuple[Path, int, int], ...]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return what a fold's logs say, a row for each whole epoch, and the lines after the last."""
-    return epochs_of(logged_lines(fold))
-
-
-@functools.lru_cache(maxsize=32)
-def _remarks(fold: Path, key: tuple[tuple[Path, int, int], ...]) -> list[str]:
-    return [f"{said}." if said[-1] != "." else said for said in read_logs(fold)[2]]
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Return a row for each whole epoch of a fold's logs, the lines after the last, and remarks."""
+    lines = list(logged_lines(fold))
+    remarks = [f"{said}." if said[-1] != "." else said for said in read_logs(lines)[2]]
+    return *epochs_of(lines), remarks
 
 
 def epochs_of(lines: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -200,7 +199,7 @@ def troubles(rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]
                 "labels may take hundreds; if it stays so, check that they are in the training "
                 "cases."
             )
-    means = [mean_dice(row) for row in rows]
+    means = [mean_of_known(row.get("dice", ())) for row in rows]
     smooth = [sum(means[i - 5 : i]) / 5 for i in range(5, len(means) + 1)]
     smooth = [value for value in smooth if math.isfinite(value)]
     if smooth and max(smooth) - smooth[-1] > _FALLEN:
@@ -215,12 +214,6 @@ def troubles(rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]
             "for other jobs on the machine."
         )
     return out
-
-
-def mean_dice(row: dict[str, Any]) -> float:
-    """Return the mean pseudo Dice of an epoch over the labels that it had; NaN without any."""
-    known = [value for value in row.get("dice", ()) if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _figures(
@@ -241,7 +234,7 @@ def _curves(rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[Curve
     series = {
         "training loss": [row.get("train_loss", math.nan) for row in rows],
         "validation loss": [row.get("val_loss", math.nan) for row in rows],
-        "pseudo Dice, mean": [mean_dice(row) for row in rows],
+        "pseudo Dice, mean": [mean_of_known(row.get("dice", ())) for row in rows],
     }
     outputs = max((len(row.get("dice", ())) for row in rows), default=0)
     for i in range(outputs if outputs > 1 else 0):

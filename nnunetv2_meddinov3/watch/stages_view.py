@@ -61,14 +61,14 @@ def view_of_stages(folder: Path) -> View:
     planned = {each.stage: each for each in planned_stages(folder)}
     holder = living_holder(folder)
     parts: list[Part] = []
-    measured: tuple[float, PlannedStage | None] | None = None  # seconds an image, of which stage
+    pace_of_last: float | None = None  # seconds for a GFLOP
     for n in sorted({*begun, *planned}):
         if n in begun:
             part, seconds = _begun(folder, n, holder)
             if seconds is not None:
-                measured = (seconds, planned.get(n))
+                pace_of_last = seconds / planned[n].gflop_per_image if n in planned else None
         else:
-            part = _to_come(planned[n], measured, "waits" if holder else "not begun")
+            part = _to_come(planned[n], pace_of_last, "waits" if holder else "not begun")
         parts.append(part)
     current = max(i for i, part in enumerate(parts) if part.curves or part.done or i == 0)
     page = stage_folder(folder, sorted({*begun, *planned})[current]) / REPORT
@@ -112,15 +112,12 @@ def _begun(folder: Path, number: int, holder: str | None) -> tuple[Part, float |
     return part, recent
 
 
-def _to_come(
-    planned: PlannedStage, measured: tuple[float, PlannedStage | None] | None, state: str
-) -> Part:
+def _to_come(planned: PlannedStage, seconds_a_gflop: float | None, state: str) -> Part:
     """Return a stage that has not begun; its time follows from another's by their operations."""
     left = None
-    seconds, of = measured or (None, None)
-    if seconds is not None and of is not None:
-        left = seconds * planned.gflop_per_image / of.gflop_per_image
-        left *= planned.batch_size * planned.steps
+    if seconds_a_gflop is not None:
+        images = planned.batch_size * planned.steps
+        left = seconds_a_gflop * planned.gflop_per_image * images
     return Part(
         f"stage {planned.stage}", state, 0, planned.steps, "steps", left=left, is_guess=True
     )
